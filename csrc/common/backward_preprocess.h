@@ -1,0 +1,13 @@
+// Step B1, shared by the kernel families.
+#pragma once
+
+#include "../plan/registry.h"
+
+namespace flash_attn2 {
+
+// D = rowsum(dO * O) - dLSE and LSE * log2(e) for every query row (padding rows: 0 and +inf), and a
+// zeroed dQ accumulator of head_dim_rounded floats a row; tile_m is the row padding.
+void launch_backward_preprocess(const BackwardParams& params, DType dtype, int tile_m,
+                                int head_dim_rounded, CUstream_st* stream);
+
+}  // namespace flash_attn2

@@ -1,0 +1,61 @@
+// What a kernel is told: plain structs, filled by csrc/ops, read by every kernel family.
+// No torch and no CUDA type appears here, so the plan and its tests build with a host compiler.
+#pragma once
+
+#include <cstdint>
+
+namespace flash_attn2 {
+
+// One (batch, seqlen, heads, head_dim) tensor. head_dim is contiguous; the other strides are
+// counted in elements and taken as the caller has them (64-bit: products may pass 2^31).
+struct TensorView {
+  void* ptr = nullptr;
+  int64_t batch_stride = 0;
+  int64_t row_stride = 0;
+  int64_t head_stride = 0;
+};
+
+// Sizes of one attention problem. Query head h reads KV head h / (heads_q / heads_k).
+struct AttentionShape {
+  int batch = 0;
+  int seqlen_q = 0;
+  int seqlen_k = 0;
+  int heads_q = 0;
+  int heads_k = 0;
+  int head_dim = 0;  // the caller's head dim, <= the kernel's bucket
+};
+
+// Query i stands at key position p = i + seqlen_k - seqlen_q and sees the keys j with
+// p - left <= j <= p + right; a negative bound is no bound. Causal is right = 0.
+struct Window {
+  int left = -1;
+  int right = -1;
+};
+
+struct ForwardParams {
+  AttentionShape shape;
+  Window window;
+  TensorView q, k, v, out;
+  float* lse = nullptr;  // (batch, heads_q, seqlen_q), contiguous
+  float softmax_scale = 1.f;
+  int heads_per_group = 1;  // see core/schedule.cuh: heads whose K/V share the L2 cache
+};
+
+struct BackwardParams {
+  AttentionShape shape;
+  Window window;
+  TensorView q, k, v, out, dout, dq, dk, dv;
+  const float* lse = nullptr;   // (batch, heads_q, seqlen_q), contiguous
+  const float* dlse = nullptr;  // the same shape, or null where the LSE has no gradient
+  float softmax_scale = 1.f;
+
+  // Workspace, in this order, in one allocation of Plan::workspace_bytes (see carve_workspace):
+  // seqlen_q_rounded is seqlen_q rounded up to tile_m, head_dim_rounded is the kernel's bucket.
+  float* lse_log2 = nullptr;  // (batch, heads_q, seqlen_q_rounded): LSE * log2(e), +inf on padding
+  float* delta = nullptr;     // (batch, heads_q, seqlen_q_rounded): D = rowsum(dO * O) - dLSE
+  float* dq_accum = nullptr;  // (batch, heads_q, seqlen_q_rounded, head_dim_rounded), tile order
+  int* dq_turn = nullptr;     // (batch, heads_q, seqlen_q_rounded / tile_m); null: unordered adds
+  int* ticket = nullptr;      // one counter that hands out column blocks when dq_turn is used
+};
+
+}  // namespace flash_attn2

@@ -1,0 +1,157 @@
+// flash_attn2._C: the host side for Python's introspection. Importing the library also registers
+// the CUDA ops (forward.cpp, backward.cpp, autograd.cpp).
+#include <cuda_runtime_api.h>
+#include <cutlass/version.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../plan/plan.h"
+#include "device.h"
+
+namespace py = pybind11;
+
+namespace flash_attn2 {
+namespace {
+
+std::string cuda_version() {
+  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+}
+
+std::string cutlass_version() {
+  return std::to_string(CUTLASS_MAJOR) + "." + std::to_string(CUTLASS_MINOR) + "." +
+         std::to_string(CUTLASS_PATCH);
+}
+
+py::dict build_info() {
+  std::set<int> head_dims;
+  std::set<std::string> dtypes;
+  for (const KernelRow& row : kernel_rows()) {
+    head_dims.insert(row.head_dim);
+    dtypes.insert(dtype_name(row.dtype));
+  }
+  py::dict info;
+  info["version"] = FLASH_ATTN2_VERSION;
+  info["archs"] = split_archs(built_archs());
+  info["cuda"] = cuda_version();
+  info["cutlass"] = cutlass_version();
+  info["torch"] = TORCH_VERSION;
+  info["head_dims"] = std::vector<int>(head_dims.begin(), head_dims.end());
+  info["dtypes"] = std::vector<std::string>(dtypes.begin(), dtypes.end());
+  return info;
+}
+
+py::list list_kernels() {
+  py::list kernels;
+  for (const KernelRow& row : kernel_rows()) {
+    py::dict kernel;
+    kernel["name"] = row.name;
+    kernel["family"] = row.family;
+    kernel["direction"] = direction_name(row.direction);
+    kernel["dtype"] = dtype_name(row.dtype);
+    kernel["head_dim"] = row.head_dim;
+    kernel["tile_m"] = row.tile_m;
+    kernel["tile_n"] = row.tile_n;
+    kernel["threads"] = row.threads;
+    kernel["smem_bytes"] = row.smem_bytes;
+    kernels.append(kernel);
+  }
+  return kernels;
+}
+
+Direction parse_direction(const std::string& text) {
+  if (text == "forward") return Direction::kForward;
+  if (text == "backward") return Direction::kBackward;
+  throw std::invalid_argument("direction: is '" + text + "', it must be 'forward' or 'backward'");
+}
+
+DType parse_dtype(const std::string& text) {
+  if (text == "float16") return DType::kFloat16;
+  if (text == "bfloat16") return DType::kBFloat16;
+  throw std::invalid_argument("dtype: is '" + text + "', it must be 'float16' or 'bfloat16'");
+}
+
+py::dict plan_to_dict(const Problem& problem, const DeviceLimits& device) {
+  const Plan plan = make_plan(problem, device);
+  py::dict result;
+  const char* const row_keys[] = {"kernel", "family", "tile_m", "tile_n", "threads"};
+  if (plan.row == nullptr) {
+    for (const char* key : row_keys) result[key] = py::none();
+  } else {
+    const KernelRow& row = *plan.row;
+    result["kernel"] = row.name;
+    result["family"] = row.family;
+    result["tile_m"] = row.tile_m;
+    result["tile_n"] = row.tile_n;
+    result["threads"] = row.threads;
+  }
+  result["grid"] = plan.launch.grid;
+  result["smem_bytes"] = plan.launch.smem_bytes;
+  result["workspace_bytes"] = plan.workspace.total;
+  result["heads_per_group"] = plan.heads_per_group;
+  result["window_left"] = problem.window.left;
+  result["window_right"] = problem.window.right;
+  result["description"] = describe(plan);
+  py::list refused;
+  for (const Refusal& refusal : refusals(problem, device)) {
+    py::dict entry;
+    entry["kernel"] = refusal.kernel;
+    entry["reason"] = refusal.reason;
+    refused.append(entry);
+  }
+  result["refused"] = refused;
+  return result;
+}
+
+py::dict plan(const std::string& direction, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+              int64_t heads_q, int64_t heads_k, int64_t head_dim, const std::string& dtype,
+              int64_t window_left, int64_t window_right, bool deterministic,
+              const std::string& gpu) {
+  Problem problem;
+  problem.direction = parse_direction(direction);
+  problem.dtype = parse_dtype(dtype);
+  problem.shape = make_shape(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim);
+  problem.window = make_window(window_left, window_right, problem.shape);
+  problem.deterministic = deterministic;
+  return plan_to_dict(problem, find_device(gpu));
+}
+
+py::list list_gpus() {
+  py::list gpus;
+  for (const DeviceLimits& device : known_devices()) {
+    py::dict gpu;
+    gpu["name"] = device.name;
+    gpu["arch"] = device.arch;
+    gpu["sm_count"] = device.sm_count;
+    gpu["smem_per_block_optin"] = device.smem_per_block_optin;
+    gpu["l2_bytes"] = device.l2_bytes;
+    gpus.append(gpu);
+  }
+  return gpus;
+}
+
+}  // namespace
+}  // namespace flash_attn2
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Host side of flash_attn2: what was built, and which kernel a problem gets.";
+  m.def("build_info", &flash_attn2::build_info,
+        "Version, architectures, CUDA, CUTLASS and torch of this build; head_dims and dtypes.");
+  m.def("list_kernels", &flash_attn2::list_kernels, "Every compiled kernel, one dict each.");
+  m.def("list_gpus", &flash_attn2::list_gpus, "The GPUs that plan() knows, one dict each.");
+  m.def("built_for", &flash_attn2::built_for, py::arg("archs"), py::arg("device_arch"),
+        "Whether a build for `archs` (\"80;90a\") runs on a GPU of that compute capability (90).");
+  m.def(
+      "plan", &flash_attn2::plan,
+      "The kernel, grid, shared memory and workspace for one problem on a GPU by name, and why "
+      "each other kernel was refused. Raises ValueError for sizes out of range and unknown names.",
+      py::arg("direction"), py::arg("batch"), py::arg("seqlen_q"), py::arg("seqlen_k"),
+      py::arg("heads_q"), py::arg("heads_k"), py::arg("head_dim"), py::arg("dtype") = "bfloat16",
+      py::arg("window_left") = -1, py::arg("window_right") = -1, py::arg("deterministic") = false,
+      py::arg("gpu") = "H200");
+}

@@ -1,0 +1,218 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+namespace flash_attn2 {
+namespace {
+
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+// Kernels compute positions up to seqlen_q + seqlen_k, plus a tile, in an int.
+constexpr int64_t kMaxLengthSum = kMaxInt - 1024;
+constexpr int64_t kWorkspaceAlignment = 256;
+constexpr int64_t kBytesPerElement = 2;  // fp16 and bf16
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+[[noreturn]] void refuse(const std::string& what, int64_t value, const std::string& limit) {
+  throw std::invalid_argument(what + ": is " + std::to_string(value) + ", it must be " + limit);
+}
+
+void require_range(const char* what, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return;
+  refuse(what, value, "at least " + std::to_string(low) + " and at most " + std::to_string(high));
+}
+
+bool serves(const KernelRow& row, const Problem& problem, const DeviceLimits& device) {
+  return row.direction == problem.direction && row.dtype == problem.dtype &&
+         row.head_dim >= problem.shape.head_dim && row.min_arch <= device.arch &&
+         row.smem_bytes <= device.smem_per_block_optin;
+}
+
+bool better(const KernelRow& a, const KernelRow& b) {
+  return a.head_dim != b.head_dim ? a.head_dim < b.head_dim : a.preference < b.preference;
+}
+
+const KernelRow* choose(const Problem& problem, const DeviceLimits& device) {
+  const KernelRow* best = nullptr;
+  for (const KernelRow& row : kernel_rows()) {
+    if (serves(row, problem, device) && (best == nullptr || better(row, *best))) best = &row;
+  }
+  return best;
+}
+
+// Why `row` is not `chosen` (null when no row serves).
+std::string refusal_reason(const KernelRow& row, const KernelRow* chosen, const Problem& problem,
+                           const DeviceLimits& device) {
+  if (row.direction != problem.direction) {
+    return std::string("is a ") + direction_name(row.direction) + " kernel";
+  }
+  if (row.dtype != problem.dtype) {
+    return std::string("is for ") + dtype_name(row.dtype) + ", the inputs are " +
+           dtype_name(problem.dtype);
+  }
+  if (row.head_dim < problem.shape.head_dim) {
+    return "serves head_dim <= " + std::to_string(row.head_dim) + ", the inputs have " +
+           std::to_string(problem.shape.head_dim);
+  }
+  if (row.min_arch > device.arch) {
+    return "needs sm_" + std::to_string(row.min_arch) + ", " + device.name + " is sm_" +
+           std::to_string(device.arch);
+  }
+  if (row.smem_bytes > device.smem_per_block_optin) {
+    return "needs " + std::to_string(row.smem_bytes) + " bytes of shared memory, " + device.name +
+           " gives a block " + std::to_string(device.smem_per_block_optin);
+  }
+  if (row.head_dim > chosen->head_dim) {
+    return "fits, but " + chosen->name + " has a smaller head_dim bucket (" +
+           std::to_string(chosen->head_dim) + " < " + std::to_string(row.head_dim) + ")";
+  }
+  return "fits, but " + chosen->name + " is preferred (" + std::to_string(chosen->preference) +
+         " before " + std::to_string(row.preference) + ")";
+}
+
+// Row blocks of Q, or column blocks of K and V, over all heads and batches. The caller checked
+// that batch * heads fits in an int, so the product stays far below 2^63.
+int64_t count_blocks(const char* length_name, int64_t length, int tile, int64_t batch_heads) {
+  const int64_t blocks = ceil_div(length, tile) * batch_heads;
+  if (blocks > kMaxGrid) {
+    throw std::invalid_argument(std::string(length_name) + ": is " + std::to_string(length) +
+                                ", which in blocks of " + std::to_string(tile) + " for each of " +
+                                std::to_string(batch_heads) + " (batch * heads) makes a grid of " +
+                                std::to_string(blocks) + ", it must be at most " +
+                                std::to_string(kMaxGrid));
+  }
+  return blocks;
+}
+
+// How many query heads may run side by side so that their K and V stay in half of the L2 cache;
+// the other half is for Q, out and whatever else passes. Whole groups of query heads that share a
+// KV head, one at least.
+int heads_that_share_l2(const AttentionShape& shape, int64_t l2_bytes) {
+  const int64_t query_heads = int64_t{shape.batch} * shape.heads_q;
+  const int64_t group = shape.heads_q / shape.heads_k;
+  const int64_t kv_head_bytes = 2 * kBytesPerElement * shape.seqlen_k * shape.head_dim;
+  if (kv_head_bytes == 0) return static_cast<int>(std::max<int64_t>(query_heads, 1));
+  const int64_t kv_heads = std::max<int64_t>(l2_bytes / 2 / kv_head_bytes, 1);
+  return static_cast<int>(std::max<int64_t>(std::min(kv_heads * group, query_heads), 1));
+}
+
+Workspace lay_out(const KernelRow& row, const Problem& problem) {
+  const AttentionShape& shape = problem.shape;
+  const int64_t batch_heads = int64_t{shape.batch} * shape.heads_q;
+  const int64_t row_blocks = batch_heads * ceil_div(shape.seqlen_q, row.tile_m);
+  const int64_t rows = row_blocks * row.tile_m;
+  int64_t end = 0;
+  const auto take = [&end](int64_t bytes) {
+    const int64_t offset = end;
+    end = ceil_div(end + bytes, kWorkspaceAlignment) * kWorkspaceAlignment;
+    return offset;
+  };
+  Workspace workspace;
+  workspace.lse_log2 = take(rows * sizeof(float));
+  workspace.delta = take(rows * sizeof(float));
+  workspace.dq_accum = take(rows * row.head_dim * sizeof(float));
+  if (problem.deterministic) {
+    workspace.dq_turn = take(row_blocks * sizeof(int));
+    workspace.ticket = take(sizeof(int));
+  }
+  workspace.total = end;
+  return workspace;
+}
+
+}  // namespace
+
+AttentionShape make_shape(int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t heads_q,
+                          int64_t heads_k, int64_t head_dim) {
+  require_range("batch", batch, 0, kMaxInt);
+  require_range("seqlen_q", seqlen_q, 0, kMaxInt);
+  require_range("seqlen_k", seqlen_k, 0, kMaxInt);
+  require_range("heads_q", heads_q, 1, kMaxInt);
+  require_range("heads_k", heads_k, 1, kMaxInt);
+  require_range("head_dim", head_dim, 1, kMaxHeadDim);
+  if (heads_q % heads_k != 0) {
+    refuse("heads_q", heads_q, "a multiple of heads_k, which is " + std::to_string(heads_k));
+  }
+  require_range("batch * heads_q", batch * heads_q, 0, kMaxInt);
+  require_range("seqlen_q + seqlen_k", seqlen_q + seqlen_k, 0, kMaxLengthSum);
+  AttentionShape shape;
+  shape.batch = static_cast<int>(batch);
+  shape.seqlen_q = static_cast<int>(seqlen_q);
+  shape.seqlen_k = static_cast<int>(seqlen_k);
+  shape.heads_q = static_cast<int>(heads_q);
+  shape.heads_k = static_cast<int>(heads_k);
+  shape.head_dim = static_cast<int>(head_dim);
+  return shape;
+}
+
+Window make_window(int64_t left, int64_t right, const AttentionShape& shape) {
+  // Positions run from seqlen_k - seqlen_q to seqlen_k - 1. The last one sees key 0 when
+  // left >= seqlen_k - 1, the first one sees key seqlen_k - 1 when right >= seqlen_q - 1.
+  Window window;
+  window.left = left < 0 || left >= int64_t{shape.seqlen_k} - 1 ? -1 : static_cast<int>(left);
+  window.right = right < 0 || right >= int64_t{shape.seqlen_q} - 1 ? -1 : static_cast<int>(right);
+  return window;
+}
+
+Plan make_plan(const Problem& problem, const DeviceLimits& device) {
+  Plan plan;
+  plan.row = choose(problem, device);
+  if (plan.row == nullptr) return plan;
+  const KernelRow& row = *plan.row;
+  const AttentionShape& shape = problem.shape;
+  const int64_t row_blocks =
+      count_blocks("seqlen_q", shape.seqlen_q, row.tile_m, int64_t{shape.batch} * shape.heads_q);
+  plan.launch.smem_bytes = row.smem_bytes;
+  if (problem.direction == Direction::kForward) {
+    plan.launch.grid = row_blocks;
+    plan.heads_per_group = heads_that_share_l2(shape, device.l2_bytes);
+  } else {
+    plan.launch.grid =
+        count_blocks("seqlen_k", shape.seqlen_k, row.tile_n, int64_t{shape.batch} * shape.heads_k);
+    plan.workspace = lay_out(row, problem);
+  }
+  return plan;
+}
+
+std::vector<Refusal> refusals(const Problem& problem, const DeviceLimits& device) {
+  const KernelRow* chosen = choose(problem, device);
+  std::vector<Refusal> result;
+  for (const KernelRow& row : kernel_rows()) {
+    if (&row != chosen) {
+      result.push_back({row.name, refusal_reason(row, chosen, problem, device)});
+    }
+  }
+  return result;
+}
+
+void carve_workspace(BackwardParams& params, void* base, const Workspace& workspace) {
+  const auto at = [base](int64_t offset) -> void* {
+    return offset == Workspace::kAbsent ? nullptr : static_cast<char*>(base) + offset;
+  };
+  params.lse_log2 = static_cast<float*>(at(workspace.lse_log2));
+  params.delta = static_cast<float*>(at(workspace.delta));
+  params.dq_accum = static_cast<float*>(at(workspace.dq_accum));
+  params.dq_turn = static_cast<int*>(at(workspace.dq_turn));
+  params.ticket = static_cast<int*>(at(workspace.ticket));
+}
+
+const char* direction_name(Direction direction) {
+  return direction == Direction::kForward ? "forward" : "backward";
+}
+
+const char* dtype_name(DType dtype) { return dtype == DType::kFloat16 ? "float16" : "bfloat16"; }
+
+std::string describe(const Plan& plan) {
+  if (plan.row == nullptr) return "no compiled kernel serves this problem";
+  const KernelRow& row = *plan.row;
+  std::string text = row.name + ": grid " + std::to_string(plan.launch.grid) + ", " +
+                     std::to_string(row.threads) + " threads, " +
+                     std::to_string(plan.launch.smem_bytes) + " bytes of shared memory";
+  if (row.direction == Direction::kForward) {
+    return text + ", " + std::to_string(plan.heads_per_group) + " query heads at a time";
+  }
+  return text + ", " + std::to_string(plan.workspace.total) + " bytes of workspace";
+}
+
+}  // namespace flash_attn2

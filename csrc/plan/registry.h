@@ -1,0 +1,52 @@
+// The list of compiled kernels. Each instance file (csrc/sm80/instances/*.cu) adds its rows at load
+// time; the plan reads the list, and list_kernels() shows it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../core/params.h"
+
+struct CUstream_st;
+
+namespace flash_attn2 {
+
+enum class Direction { kForward, kBackward };
+enum class DType { kFloat16, kBFloat16 };
+
+// Launch geometry that the plan decided on the host.
+struct LaunchConfig {
+  int64_t grid = 0;  // thread blocks of the main kernel
+  int smem_bytes = 0;
+};
+
+using ForwardLaunch = void (*)(const ForwardParams&, const LaunchConfig&, CUstream_st*);
+using BackwardLaunch = void (*)(const BackwardParams&, const LaunchConfig&, CUstream_st*);
+
+struct KernelRow {
+  std::string name;  // e.g. sm80_fwd_bf16_d128_128x64
+  std::string family;
+  Direction direction;
+  DType dtype;
+  int head_dim;  // bucket: serves every head_dim <= this
+  int tile_m, tile_n;
+  int threads;
+  int smem_bytes;  // dynamic shared memory of one thread block
+  int min_arch;    // 80: runs from sm_80 on
+  int preference;  // among rows that fit, the lowest wins
+  // The launches enqueue every kernel of the pass (backward: pre-process, main, dQ post-process)
+  // on the stream and throw std::runtime_error with CUDA's message when a launch fails. An empty
+  // grid launches nothing.
+  ForwardLaunch forward = nullptr;
+  BackwardLaunch backward = nullptr;
+};
+
+// Rows in the order of registration; stable for one binary.
+const std::vector<KernelRow>& kernel_rows();
+
+// Adds a row; a static object of this type in an instance file is how a kernel enters the list.
+struct RegisterKernel {
+  explicit RegisterKernel(KernelRow row);
+};
+
+}  // namespace flash_attn2

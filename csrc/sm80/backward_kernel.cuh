@@ -1,0 +1,254 @@
+// Backward pass on mma.sync (FlashAttention-2, section 3: algorithm 2, parallel over key blocks).
+// One thread block owns kTileN keys of one KV head: K, V stay in shared memory, dK and dV in
+// registers, while the query blocks that see those keys, of every query head of the group, stream
+// by. dQ is what the key blocks share: an fp32 accumulator in global memory.
+#pragma once
+
+#include "../core/mask.cuh"
+#include "../core/schedule.cuh"
+#include "../core/softmax.cuh"
+#include "dq_accumulator.cuh"
+#include "gemm.cuh"
+
+namespace flash_attn2::sm80 {
+
+// kWarpsRowsS x (kWarps / kWarpsRowsS) warps share S and dP (kTileM x kTileN), likewise kWarpsRowsKV
+// of them the keys of dK and dV (kTileN x kHeadDim) and kWarpsRowsQ the rows of dQ (kTileM x
+// kHeadDim). The squarer a warp's share, the fewer bytes it reads from shared memory per product.
+template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, int kWarps_, int kWarpsRowsS,
+          int kWarpsRowsKV, int kWarpsRowsQ, int kStages_, int kMinBlocks_ = 1>
+struct BackwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kTileM = kTileM_;
+  static constexpr int kTileN = kTileN_;
+  static constexpr int kThreads = 32 * kWarps_;
+  static constexpr int kStages = kStages_;  // of Q and dO: 2 overlaps their loads with the products
+  static constexpr int kMinBlocks = kMinBlocks_;
+
+  using MmaS = typename WarpMma<Element, kWarpsRowsS, kWarps_ / kWarpsRowsS>::Type;
+  using MmaKV = typename WarpMma<Element, kWarpsRowsKV, kWarps_ / kWarpsRowsKV>::Type;
+  using MmaQ = typename WarpMma<Element, kWarpsRowsQ, kWarps_ / kWarpsRowsQ>::Type;
+
+  using SmemQ = SmemTile<kTileM, kHeadDim>;   // also dO
+  using SmemKV = SmemTile<kTileN, kHeadDim>;  // also dK, dV on their way out
+  using SmemS = SmemTile<kTileM, kTileN>;     // P and dS
+
+  static constexpr int kQElements = kTileM * kHeadDim;
+  static constexpr int kKVElements = kTileN * kHeadDim;
+  static constexpr int kSElements = kTileM * kTileN;
+  static constexpr int kSmemBytes = (2 * kKVElements + kStages * 2 * kQElements + 2 * kSElements) *
+                                    int(sizeof(Element));
+};
+
+// The (query head, query block) pairs that one thread block walks over: all query blocks of the
+// first head of the group, then of the next.
+struct QueryWalk {
+  int first_head;
+  BlockRange blocks;
+  int steps;
+
+  __device__ __forceinline__ int head(int step) const { return first_head + step / per_head(); }
+  __device__ __forceinline__ int block(int step) const {
+    return blocks.begin + step % per_head();
+  }
+
+ private:
+  __device__ __forceinline__ int per_head() const { return blocks.end - blocks.begin; }
+};
+
+// The thread block's place in the grid. Where dQ is summed in a fixed order, blocks draw their place
+// from a counter instead: a block then only ever waits for blocks that have already started.
+__device__ __forceinline__ int64_t backward_index(const BackwardParams& params, int* drawn) {
+  if (params.ticket == nullptr) return blockIdx.x;
+  if (threadIdx.x == 0) *drawn = atomicAdd(params.ticket, 1);
+  __syncthreads();
+  const int index = *drawn;
+  __syncthreads();  // the shared memory of `drawn` is free again
+  return index;
+}
+
+// B2 to B4 of one (query block, key block) pair: P and dS, (kTileM, kTileN), to shared memory.
+template <class Traits, class TileQ, class TileKV, class TileS>
+__device__ __forceinline__ void score_gradients(const BackwardParams& params,
+                                                const VisibleKeys& visible, const float* lse_log2,
+                                                const float* delta, int row_begin, int key_begin,
+                                                const TileQ& q, const TileQ& dout,
+                                                const TileKV& k, const TileKV& v, TileS& p,
+                                                TileS& ds, int thread) {
+  using Element = typename Traits::Element;
+  using ScoreExtents = cute::Shape<Int<Traits::kTileM>, Int<Traits::kTileN>>;
+  typename Traits::MmaS mma;
+  auto coords =
+      rows_columns(mma.get_thread_slice(thread).partition_C(make_identity_tensor(ScoreExtents{})));
+  constexpr int kRows = decltype(size<0>(coords))::value;
+  float row_lse[kRows], row_delta[kRows];
+  CUTE_UNROLL
+  for (int i = 0; i < kRows; ++i) {  // read early: used after the products
+    row_lse[i] = lse_log2[get<0>(coords(i, 0))];
+    row_delta[i] = delta[get<0>(coords(i, 0))];
+  }
+
+  auto acc_s = partition_fragment_C(mma, ScoreExtents{});
+  clear(acc_s);
+  gemm_ss(acc_s, mma, operand<LoadMatrix>(q), operand<LoadMatrix>(k), thread);  // B2
+  auto scores = rows_columns(acc_s);
+  if (visible.tile_needs_mask(row_begin, Traits::kTileM, key_begin, Traits::kTileN)) {
+    apply_mask(scores, coords, visible, row_begin, key_begin);
+  }
+  const float scale_log2 = params.softmax_scale * kLog2e;
+  CUTE_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(scores); ++j) {
+      scores(i, j) = exp2f(scores(i, j) * scale_log2 - row_lse[i]);
+    }
+  }
+  store_accumulators<Element>(mma, acc_s, p, thread);
+
+  auto acc_dp = partition_fragment_C(mma, ScoreExtents{});
+  clear(acc_dp);
+  gemm_ss(acc_dp, mma, operand<LoadMatrix>(dout), operand<LoadMatrix>(v), thread);  // B3
+  auto dscores = rows_columns(acc_dp);
+  CUTE_UNROLL
+  for (int i = 0; i < kRows; ++i) {  // B4
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(scores); ++j) {
+      dscores(i, j) = scores(i, j) * (dscores(i, j) - row_delta[i]);
+    }
+  }
+  store_accumulators<Element>(mma, acc_dp, ds, thread);
+}
+
+// B8: one of dK, dV, through the shared memory that held K, V.
+template <class Traits, class Acc>
+__device__ __forceinline__ void write_key_gradient(const BackwardParams& params,
+                                                   const TensorView& view, const TileCoord& coord,
+                                                   typename Traits::Element* staging, Acc& acc,
+                                                   float scale, int thread) {
+  using Element = typename Traits::Element;
+  CUTE_UNROLL
+  for (int i = 0; i < size(acc); ++i) acc(i) *= scale;
+  const int key_begin = coord.block * Traits::kTileN;
+  auto tile = make_tensor(make_smem_ptr(staging), typename Traits::SmemKV{});
+  store_accumulators<Element>(typename Traits::MmaKV{}, acc, tile, thread);
+  __syncthreads();
+  store_tile<Element, Traits::kHeadDim, Traits::kThreads>(
+      tile,
+      global_tile<Element, Traits::kTileN, Traits::kHeadDim>(view, coord.batch, coord.head,
+                                                             key_begin),
+      thread, params.shape.seqlen_k - key_begin, params.shape.head_dim);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    backward_kernel(const __grid_constant__ BackwardParams params) {
+  using Element = typename Traits::Element;
+  constexpr int kTileM = Traits::kTileM, kTileN = Traits::kTileN, kHeadDim = Traits::kHeadDim;
+  extern __shared__ __align__(1024) unsigned char smem[];
+  const int thread = threadIdx.x;
+  const AttentionShape& shape = params.shape;
+  const VisibleKeys visible(shape, params.window);
+
+  const TileCoord coord =  // head: the KV head
+      backward_tile(backward_index(params, reinterpret_cast<int*>(smem)), ceil_div(shape.seqlen_k, kTileN), shape.heads_k);
+  const int key_begin = coord.block * kTileN;
+  const int group = shape.heads_q / shape.heads_k;
+  const BlockRange blocks = visible.query_blocks(key_begin, kTileM, kTileN);
+  const QueryWalk walk{coord.head * group, blocks, group * max(blocks.end - blocks.begin, 0)};
+  const int row_blocks = ceil_div(shape.seqlen_q, kTileM);
+
+  Element* smem_k = reinterpret_cast<Element*>(smem);
+  Element* smem_v = smem_k + Traits::kKVElements;
+  Element* smem_q = smem_v + Traits::kKVElements;  // stages of Q and dO side by side
+  Element* smem_p = smem_q + Traits::kStages * 2 * Traits::kQElements;
+  Element* smem_ds = smem_p + Traits::kSElements;
+  auto tile_at = [](Element* base, auto layout) {
+    return make_tensor(make_smem_ptr(base), layout);
+  };
+  auto tile_p = tile_at(smem_p, typename Traits::SmemS{});
+  auto tile_ds = tile_at(smem_ds, typename Traits::SmemS{});
+  auto stage_q = [&](int stage) { return smem_q + stage * 2 * Traits::kQElements; };
+  auto stage_dout = [&](int stage) { return stage_q(stage) + Traits::kQElements; };
+
+  auto load_key_tile = [&](const TensorView& view, Element* target) {
+    load_tile<Element, kHeadDim, Traits::kThreads>(
+        global_tile<Element, kTileN, kHeadDim>(view, coord.batch, coord.head, key_begin),
+        tile_at(target, typename Traits::SmemKV{}), thread, shape.seqlen_k - key_begin,
+        shape.head_dim);
+  };
+  auto load_queries = [&](int step, int stage) {
+    const int row_begin = walk.block(step) * kTileM;
+    const auto load = [&](const TensorView& view, Element* target) {
+      load_tile<Element, kHeadDim, Traits::kThreads>(
+          global_tile<Element, kTileM, kHeadDim>(view, coord.batch, walk.head(step), row_begin),
+          tile_at(target, typename Traits::SmemQ{}), thread, shape.seqlen_q - row_begin,
+          shape.head_dim);
+    };
+    load(params.q, stage_q(stage));
+    load(params.dout, stage_dout(stage));
+  };
+
+  typename Traits::MmaKV mma_kv;
+  auto acc_dk = partition_fragment_C(mma_kv, cute::Shape<Int<kTileN>, Int<kHeadDim>>{});
+  auto acc_dv = partition_fragment_C(mma_kv, cute::Shape<Int<kTileN>, Int<kHeadDim>>{});
+  clear(acc_dk);
+  clear(acc_dv);
+
+  if (walk.steps > 0) {
+    load_key_tile(params.k, smem_k);
+    load_key_tile(params.v, smem_v);
+    load_queries(0, 0);
+    cp_async_fence();
+  }
+  for (int step = 0, stage = 0; step < walk.steps; ++step, stage = (stage + 1) % Traits::kStages) {
+    const int row_begin = walk.block(step) * kTileM;
+    const int64_t head_row = int64_t(coord.batch) * shape.heads_q + walk.head(step);
+    const int64_t row_block = head_row * row_blocks + walk.block(step);
+    cp_async_wait<0>();
+    __syncthreads();  // Q and dO are there; all warps are done with P, dS and the other stage
+    if (Traits::kStages == 2 && step + 1 < walk.steps) load_queries(step + 1, stage ^ 1);
+    cp_async_fence();
+
+    score_gradients<Traits>(params, visible, params.lse_log2 + row_block * kTileM,
+                            params.delta + row_block * kTileM, row_begin, key_begin,
+                            tile_at(stage_q(stage), typename Traits::SmemQ{}),
+                            tile_at(stage_dout(stage), typename Traits::SmemQ{}),
+                            tile_at(smem_k, typename Traits::SmemKV{}),
+                            tile_at(smem_v, typename Traits::SmemKV{}), tile_p, tile_ds, thread);
+    __syncthreads();  // P and dS are there
+
+    const auto transposed = [&](Element* base, auto layout) {
+      return operand<LoadMatrixTransposed>(tile_at(base, layout));
+    };
+    // B5: dV += P^T dO, B6: dK += dS^T Q; (kTileN, kHeadDim).
+    gemm_ss(acc_dv, mma_kv, transposed(smem_p, Transposed<typename Traits::SmemS>{}),
+            transposed(stage_dout(stage), Transposed<typename Traits::SmemQ>{}), thread);
+    gemm_ss(acc_dk, mma_kv, transposed(smem_ds, Transposed<typename Traits::SmemS>{}),
+            transposed(stage_q(stage), Transposed<typename Traits::SmemQ>{}), thread);
+    if (Traits::kStages == 1 && step + 1 < walk.steps) {
+      __syncthreads();  // all warps are done with this Q and dO
+      load_queries(step + 1, 0);
+      cp_async_fence();
+    }
+
+    // B7: dQ += dS K, (kTileM, kHeadDim).
+    typename Traits::MmaQ mma_q;
+    auto acc_dq = partition_fragment_C(mma_q, cute::Shape<Int<kTileM>, Int<kHeadDim>>{});
+    clear(acc_dq);
+    gemm_ss(acc_dq, mma_q, operand<LoadMatrix>(tile_ds),
+            transposed(smem_k, Transposed<typename Traits::SmemKV>{}), thread);
+    const int turn = coord.block - visible.key_blocks(row_begin, kTileM, kTileN).begin;
+    wait_for_turn(params.dq_turn, row_block, turn);
+    add_to_dq<Traits>(params.dq_accum + row_block * Traits::kQElements, acc_dq, thread);
+    pass_turn(params.dq_turn, row_block, turn);
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();  // all warps are done with K and V
+  write_key_gradient<Traits>(params, params.dk, coord, smem_k, acc_dk, params.softmax_scale,
+                             thread);
+  write_key_gradient<Traits>(params, params.dv, coord, smem_v, acc_dv, 1.f, thread);
+}
+
+}  // namespace flash_attn2::sm80

@@ -1,0 +1,97 @@
+"""What the CUDA extension holds, and which kernel it takes for a problem. Needs no GPU."""
+
+import json
+from pathlib import Path
+
+from . import ops
+from .version import __version__
+
+_RESOURCES = Path(__file__).with_name("_kernel_resources.json")
+_PER_ENTRY = ("registers", "spill_bytes", "stack_bytes")
+
+
+def _extension():
+    if ops.EXTENSION is None:
+        raise RuntimeError(ops.NO_EXTENSION)
+    return ops.EXTENSION
+
+
+def build_info() -> dict:
+    """What was built: version, archs, cuda, cutlass, torch, head_dims, dtypes.
+
+    Raises:
+        RuntimeError: the package was installed without its CUDA extension.
+    """
+    return {**_extension().build_info(), "version": __version__}
+
+
+def list_kernels() -> list[dict]:
+    """One dict for each kernel of the registry, in the order of preference.
+
+    Keys: name, family, direction ("forward" or "backward"), dtype, head_dim, tile_m and tile_n
+    (rows of a Q and of a K/V tile), threads (of a block), smem_bytes (of a block); and from the
+    build's log, as the largest over all architectures, registers (of a thread), spill_bytes and
+    stack_bytes, None where the build left no log; "resources" lists them for each architecture.
+
+    Raises:
+        RuntimeError: the package was installed without its CUDA extension.
+    """
+    rows = _extension().list_kernels()
+    entries = json.loads(_RESOURCES.read_text())["entries"] if _RESOURCES.exists() else []
+    return [_with_resources(row, [e for e in entries if e["name"] == row["name"]]) for row in rows]
+
+
+def _with_resources(row: dict, entries: list[dict]) -> dict:
+    resources = [{key: entry[key] for key in ("arch", *_PER_ENTRY)} for entry in entries]
+    largest = {key: max((r[key] for r in resources), default=None) for key in _PER_ENTRY}
+    return {**row, **largest, "resources": resources}
+
+
+def plan(
+    direction: str,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    dtype: str = "bfloat16",
+    window_left: int = -1,
+    window_right: int = -1,
+    deterministic: bool = False,
+    gpu: str = "H200",
+) -> dict:
+    """Which kernel serves a problem on a GPU, how it is launched, and why others were refused.
+
+    Args:
+        direction: "forward" or "backward".
+        batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim: sizes of the problem.
+        dtype: "float16" or "bfloat16".
+        window_left, window_right: keys visible on either side, negative for all; causal is
+            window_right = 0.
+        deterministic: concerns the backward.
+        gpu: name of a GPU; it need not be in this machine.
+
+    Returns:
+        kernel (row name, None where none fits), family, tile_m, tile_n, threads, grid (blocks),
+        smem_bytes (of a block), workspace_bytes, heads_per_group, and refused, a list of
+        {"kernel", "reason"}.
+
+    Raises:
+        RuntimeError: the package was installed without its CUDA extension, or an argument is
+            wrong.
+    """
+    return _extension().plan(
+        direction,
+        batch,
+        seqlen_q,
+        seqlen_k,
+        heads_q,
+        heads_k,
+        head_dim,
+        dtype,
+        window_left,
+        window_right,
+        deterministic,
+        gpu,
+    )

@@ -1,0 +1,85 @@
+"""The problems that the tests share: sizes, masks, groups of heads, and inputs for them."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+# Multiples of 8 around and on every kernel's bucket; the contract's five are the yardstick's.
+HEAD_DIMS = (8, 40, 64, 72, 96, 128, 160, 192, 256)
+YARDSTICK_HEAD_DIMS = (64, 96, 128, 192, 256)
+
+# Around the edges of 64- and 128-row tiles.
+EDGE_LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129, 191, 255, 256, 257)
+
+# name: (window_left, window_right)
+MASKS = {
+    "full": (-1, -1),
+    "causal": (-1, 0),
+    "left": (40, -1),
+    "right": (-1, 23),
+    "window": (70, 9),
+    "diagonal": (0, 0),
+}
+
+# (query heads, KV heads): multi-head, grouped, multi-query, odd groups
+GROUPS = ((2, 2), (4, 2), (6, 1), (9, 3))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem."""
+
+    seqlen_q: int
+    seqlen_k: int
+    heads_q: int = 2
+    heads_k: int = 2
+    head_dim: int = 64
+    batch: int = 2
+    mask: str = "full"
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return MASKS[self.mask]
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def but(self, **changes) -> "Case":
+        return replace(self, **changes)
+
+    def __str__(self) -> str:
+        return (
+            f"b{self.batch}-s{self.seqlen_q}x{self.seqlen_k}-h{self.heads_q}x{self.heads_k}"
+            f"-d{self.head_dim}-{self.mask}"
+        )
+
+
+class Inputs(NamedTuple):
+    """Leaves q, k, v, and the gradients of out and of lse to start the backward with."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dlse: Tensor
+
+
+def random_inputs(case: Case, dtype: torch.dtype, device: str) -> Inputs:
+    def normal(*shape, dtype=dtype):
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    q_shape = (case.batch, case.seqlen_q, case.heads_q, case.head_dim)
+    k_shape = (case.batch, case.seqlen_k, case.heads_k, case.head_dim)
+    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return Inputs(
+        normal(*q_shape).requires_grad_(),
+        normal(*k_shape).requires_grad_(),
+        normal(*k_shape).requires_grad_(),
+        normal(*q_shape),
+        normal(case.batch, case.heads_q, case.seqlen_q, dtype=lse_dtype),
+    )
