@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from . import cases, report, timing
-from .attention import make_call
+from .attention import GUARD_LIMIT, make_call
 from .cases import OUTPUTS, Case
 from .providers import Provider, select_providers
 
@@ -88,13 +88,18 @@ def measure(case: Case, ours: Provider, peer: Provider, device: torch.device, se
         errors = pooled_errors(case, [ours, peer], device, seeds)
     except Exception as error:
         return row | {"error": timing.describe_error(error)}
+    if not all(
+        e <= GUARD_LIMIT for e in errors[peer.name].values()
+    ):  # else a wrong peer would flatter us
+        row["error"] = f"{peer.name} is wrong: relative errors {errors[peer.name]}"
     return row | compare(errors[ours.name], errors[peer.name])
 
 
 def worst_ratio(rows: list[dict]) -> float:
     """The largest ratio of all rows and outputs; a NaN or a failed case counts as infinite."""
-    failed = {"failed": math.nan}
-    ratios = [ratio for row in rows for ratio in row.get("ratio", failed).values()]
+    if any("error" in row for row in rows):
+        return math.inf
+    ratios = [ratio for row in rows for ratio in row["ratio"].values()]
     return max(math.inf if math.isnan(ratio) else ratio for ratio in ratios)
 
 

@@ -134,6 +134,7 @@ class Benchmark:
         self.clock = timing.make_clock(self.device)
         self.cache = timing.cache_bytes(self.device)
         self.providers = providers
+        self.environment = report.environment(self.device, args.commit)
         self.cells: dict[tuple, Cell] = {}
         self.guards: dict[tuple, dict] = {}
 
@@ -212,7 +213,7 @@ class Benchmark:
         """The content of the results file."""
         return {
             "kind": "attention",
-            "environment": report.environment(self.device, self.args.commit),
+            "environment": self.environment,
             "method": method,
             "guards": list(self.guards.values()),
             "rows": [cell.row() for cell in self.cells.values()],
@@ -258,12 +259,11 @@ def run(args: argparse.Namespace) -> int:
     method = METHOD.format(rounds=args.rounds, iters=args.iters, passes=args.passes)
     timing.raise_clocks(benchmark.device)
     begin = time.perf_counter()
-    try:
-        steps = [(number, case) for number in range(args.passes) for case in selected]
-        for number, case in (progress := tqdm(steps, unit="case", disable=None)):
-            progress.set_postfix_str(f"pass {number + 1}, {case.label()}")
-            benchmark.run_case(case, seed=1000 * number)
-    finally:  # an interrupted run keeps what it has measured
+    steps = [(number, case) for number in range(args.passes) for case in selected]
+    for number, case in (progress := tqdm(steps, unit="case", disable=None)):
+        progress.set_postfix_str(f"pass {number + 1}, {case.label()}")
+        benchmark.run_case(case, seed=1000 * number)
+        # After every case, so that a run that is ended early keeps what it has measured.
         path = report.save(args, benchmark.results(method))
     results = report.load(path)
     print(report.attention_markdown(results))

@@ -34,7 +34,6 @@ def grad_call(provider: Provider, inputs: cases.Inputs) -> Callable:
 def host_microseconds(clock, call: Callable, calls: int) -> float:
     """Host time per call over ``calls`` calls that are issued without waiting for the device."""
     clock.synchronize()
-    gc.collect()
     gc.disable()
     try:
         begin = time.perf_counter()
@@ -58,6 +57,7 @@ def measure(args: argparse.Namespace, providers: list[Provider]) -> list[dict]:
         contestants.append((provider, "no_grad", make_call(provider, inputs, True, "forward")))
         contestants.append((provider, "grad", grad_call(provider, inputs)))
     samples: list[list[float]] = [[] for _ in contestants]
+    gc.collect()
     for batch in tqdm(range(args.batches + 1), unit="batch", disable=None):
         for (provider, _, call), taken in zip(contestants, samples, strict=True):
             with provider.context():

@@ -95,7 +95,10 @@ def select_providers(device: torch.device, wanted: list[str] | None = None) -> l
 
 
 def find_ours(device: torch.device) -> list[Provider]:
-    """flash_attn2: one provider per kernel family on CUDA, the reference on the CPU."""
+    """flash_attn2, named after the kernel families that were built, or after the CPU reference.
+
+    The op itself picks the family for a problem, so several of them share one provider.
+    """
     from flash_attn2 import flash_attn_func
 
     def call(q, k, v, causal):
@@ -108,7 +111,7 @@ def find_ours(device: torch.device) -> list[Provider]:
     families = sorted({row["family"] for row in list_kernels()})
     if not families:
         raise ImportError("flash_attn2 was built without CUDA kernels")
-    return [Provider("ours", f"flash_attn2[{family}]", call) for family in families]
+    return [Provider("ours", f"flash_attn2[{'+'.join(families)}]", call)]
 
 
 def find_sdpa(key: str, device: torch.device) -> list[Provider]:

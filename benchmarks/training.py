@@ -135,25 +135,20 @@ def run(args: argparse.Namespace) -> int:
 
     device = torch.device(args.device)
     providers = select_providers(device, args.providers)
-    rows: list[dict] = []
+    results = {
+        "kind": "training",
+        "environment": report.environment(device, args.commit),
+        "method": METHOD.format(compiled=args.compile, **vars(args)),
+        "rows": (rows := []),
+    }
     cells = [(size, seqlen) for size in args.sizes for seqlen in args.seqlens]
     timing.raise_clocks(device)
-    try:
-        for size, seqlen in (progress := tqdm(cells, unit="model", disable=None)):
-            progress.set_postfix_str(f"{size}, {seqlen} tokens")
-            rows += measure(args, size, seqlen, providers)
-            torch._dynamo.reset()
-            timing.release_memory(device)
-    finally:
-        path = report.save(
-            args,
-            {
-                "kind": "training",
-                "environment": report.environment(device, args.commit),
-                "method": METHOD.format(compiled=args.compile, **vars(args)),
-                "rows": rows,
-            },
-        )
+    for size, seqlen in (progress := tqdm(cells, unit="model", disable=None)):
+        progress.set_postfix_str(f"{size}, {seqlen} tokens")
+        rows += measure(args, size, seqlen, providers)
+        path = report.save(args, results)
+        torch._dynamo.reset()
+        timing.release_memory(device)
     print(report.rows_markdown(rows))
     print(path)
     return 1 if any(row["error"] and report.is_ours(row["provider"]) for row in rows) else 0

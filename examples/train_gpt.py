@@ -26,6 +26,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+# On a busy machine OpenMP threads that spin while they wait cost far more than they save. Read
+# when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from corpus import Corpus, load_corpus, unigram_entropy
 from gpt import ATTENTIONS, GPT, GPTConfig
@@ -37,7 +41,15 @@ PEAK_TFLOPS = {"H200": 989.0, "H100 80GB HBM3": 989.0, "A100": 312.0}
 
 PRESETS = {
     "demo": {
-        "cpu": {"layers": 4, "heads": 4, "hidden": 128, "seqlen": 128, "batch": 16, "steps": 700},
+        "cpu": {
+            "layers": 4,
+            "heads": 4,
+            "hidden": 128,
+            "seqlen": 256,
+            "batch": 8,
+            "steps": 900,
+            "max_minutes": 2.5,
+        },
         "cuda": {
             "layers": 12,
             "heads": 12,
@@ -86,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--log-every", type=int, default=10, help="steps between progress updates")
     add("--stop-after", type=int, help="stop at this step; the schedule still counts --steps")
     add("--max-minutes", type=float, help="stop training after so long")
-    add("--sample-bytes", type=int, default=400)
+    add("--sample-bytes", type=int, default=300)
     add("--prompt", default="def ")
     add("--margin", type=float, default=0.5, help="nats below the unigram entropy for PASS")
     return parser
@@ -97,11 +109,14 @@ NOT_RESUMED = ("preset", "device", "out", "resume", "stop_after", "max_minutes")
 
 
 def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
-    """Settings of a run: what is typed wins over the checkpoint (--resume), that over the preset."""
+    """Settings of a run: typed ones win over the checkpoint's, those over the preset's."""
     parser = make_parser()
     typed = parser.parse_args(argv)
     device = typed.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    parser.set_defaults(**PRESETS[typed.preset][torch.device(device).type], device=device)
+    sizes = PRESETS[typed.preset].get(device.partition(":")[0])
+    if sizes is None:
+        parser.error(f"--device is {device!r}, it must be cpu, cuda or cuda:N")
+    parser.set_defaults(**sizes, device=device)
     if typed.resume:
         path = Path(typed.out) / "checkpoint.pt"
         if not path.exists():
@@ -196,7 +211,7 @@ class Trainer:
         self.step += 1
 
     def read_losses(self) -> float:
-        """Move the losses since the last call into the history; the last of them. Waits for them."""
+        """Move the losses since the last call into the history, waiting for them; the last one."""
         if self._pending:
             first = self.step - len(self._pending)
             losses = torch.stack(self._pending).tolist()
@@ -325,7 +340,7 @@ def plot_losses(history: dict, unigram: float, path: Path) -> None:
 
 def write_sample(trainer: Trainer) -> str:
     s = trainer.settings
-    prompt = torch.tensor(list(s.prompt.encode()), device=trainer.device)
+    prompt = torch.tensor(list(s.prompt.encode() or b"\n"), device=trainer.device)
     generator = torch.Generator(trainer.device).manual_seed(s.seed)
     with trainer.autocast():
         tokens = trainer.model.generate(prompt, s.sample_bytes, generator=generator)

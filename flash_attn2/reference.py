@@ -116,10 +116,10 @@ def _group_heads(x: Tensor, heads_k: int) -> Tensor:
     return x.permute(0, 2, 1, 3, 4).reshape(b * heads_k, s, g, d).contiguous()
 
 
-def _ungroup_heads(x: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+def _ungroup_heads(x: Tensor, heads_k: int, dtype: torch.dtype) -> Tensor:
     """The inverse of `_group_heads`: (b * hk, s, g, d) -> (b, s, hk * g, d) of ``dtype``."""
     n, s, g, d = x.shape
-    heads_k = n // max(batch, 1)
+    batch = n // heads_k
     x = x.view(batch, heads_k, s, g, d).permute(0, 2, 1, 3, 4).to(dtype)
     return x.reshape(batch, s, heads_k * g, d).contiguous()
 
@@ -132,10 +132,10 @@ def _group_rows(x: Tensor, heads_k: int, dtype: torch.dtype) -> Tensor:
     return x.transpose(2, 3).reshape(b * heads_k, s, g).contiguous()
 
 
-def _ungroup_rows(x: Tensor, batch: int) -> Tensor:
+def _ungroup_rows(x: Tensor, heads_k: int) -> Tensor:
     """The inverse of `_group_rows`."""
     n, s, g = x.shape
-    heads_k = n // max(batch, 1)
+    batch = n // heads_k
     return x.view(batch, heads_k, s, g).transpose(2, 3).reshape(batch, heads_k * g, s).contiguous()
 
 
@@ -145,7 +145,8 @@ def _scores(scratch: _Scratch, q_tile: Tensor, k_tile: Tensor, scale: float, hid
     s = scratch.tile(n, rows, k_tile.shape[1])
     torch.baddbmm(s, q_tile, k_tile.transpose(1, 2), beta=0, alpha=scale * LOG2_E, out=s)
     if hidden is not None:
-        by_row = s.view(n, hidden.shape[0], -1, hidden.shape[1])
+        q_rows, columns = hidden.shape
+        by_row = s.view(n, q_rows, rows // q_rows, columns)
         by_row.masked_fill_(hidden[:, None, :], -math.inf)
     return s
 
@@ -175,7 +176,7 @@ def forward(
         out, (b, sq, h, d) in q's dtype, and lse, (b, h, sq), natural log, in fp32 (fp64 for fp64).
         A row that sees no key, or whose visible scores are all -inf, has out 0 and lse -inf.
     """
-    batch, seqlen_q, _, d = q.shape
+    seqlen_q, d = q.shape[1], q.shape[3]
     seqlen_k, heads_k = k.shape[1], k.shape[2]
     tiling = _Tiling(seqlen_q, seqlen_k, window_left, window_right, block_q, block_k)
 
@@ -207,7 +208,7 @@ def forward(
         o.div_(l.masked_fill(l == 0, 1.0))  # F7
         lse[:, q0:q1] = (m * LN_2 + l.log()).view(n, q1 - q0, g)
 
-    return _ungroup_heads(out, batch, q.dtype), _ungroup_rows(lse, batch)
+    return _ungroup_heads(out, heads_k, q.dtype), _ungroup_rows(lse, heads_k)
 
 
 def backward(
@@ -238,7 +239,7 @@ def backward(
         dq, dk, dv: contiguous, shaped and typed like q, k, v. Rows that see no key have dq = 0 and
         leave dk and dv alone.
     """
-    batch, seqlen_q, _, d = q.shape
+    seqlen_q, d = q.shape[1], q.shape[3]
     seqlen_k, heads_k = k.shape[1], k.shape[2]
     tiling = _Tiling(seqlen_q, seqlen_k, window_left, window_right, block_q, block_k)
 
@@ -277,7 +278,7 @@ def backward(
     dk.mul_(softmax_scale)
 
     return (
-        _ungroup_heads(dq, batch, q.dtype),
-        _ungroup_heads(dk.unsqueeze(2), batch, k.dtype),
-        _ungroup_heads(dv.unsqueeze(2), batch, v.dtype),
+        _ungroup_heads(dq, heads_k, q.dtype),
+        _ungroup_heads(dk.unsqueeze(2), heads_k, k.dtype),
+        _ungroup_heads(dv.unsqueeze(2), heads_k, v.dtype),
     )

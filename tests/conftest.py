@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+
 from flash_attn2 import ops
 
 
@@ -42,7 +43,7 @@ def seed():
     return value
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
     """Both devices; the CUDA half is skipped where it cannot run."""
     return request.param

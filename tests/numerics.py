@@ -23,16 +23,33 @@ class Result(NamedTuple):
 # Running what is tested ---------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def poisoned(*like: Tensor):
-    """Inside, memory that an op allocates and does not write holds NaN.
+def _poison_cuda_allocator(device: torch.device) -> None:
+    """Fills the free blocks of the caching allocator with bytes that read as NaN.
 
-    torch fills what torch.empty returns, in Python and in C++; beyond that, free blocks of the
-    CUDA caching allocator of the sizes of ``like`` are filled.
+    An op that allocates then gets NaN, and not the right answer of an earlier call.
     """
-    if any(x.is_cuda for x in like):
-        blocks = [torch.full_like(x, math.nan) for x in like for _ in range(2)]
-        del blocks
+    sizes = [1 << 20] * 8 + [32 << 20] * 4  # spare blocks for the allocator's small and large pool
+    del [torch.empty(n, dtype=torch.uint8, device=device) for n in sizes][:]
+    for segment in torch.cuda.memory_snapshot():
+        if segment["device"] != (device.index or 0):
+            continue
+        largest = 1 << 20 if segment["segment_type"] == "small" else 1 << 40
+        for block in segment["blocks"]:
+            if block["state"] == "inactive":
+                size = block["size"]
+                sizes += [largest] * (size // largest) + [size % largest] * (size % largest > 0)
+    held = [
+        torch.empty(n, dtype=torch.uint8, device=device).fill_(255)
+        for n in sorted(sizes, reverse=True)
+    ]
+    del held
+
+
+@contextlib.contextmanager
+def poisoned(device: torch.device):
+    """Inside, memory that an op allocates and does not write holds NaN."""
+    if device.type == "cuda":
+        _poison_cuda_allocator(device)
     mode = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
@@ -55,7 +72,7 @@ def run_op(
 ) -> Result:
     """The op's forward and, through autograd, its backward, with poisoned outputs."""
     q, k, v, dout, dlse = inputs
-    with poisoned(q, k, v, dlse):
+    with poisoned(q.device):
         out, lse = torch.ops.flash_attn2.forward(q, k, v, softmax_scale, *window, deterministic)
         if with_dlse:
             grads = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))

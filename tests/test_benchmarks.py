@@ -520,6 +520,9 @@ def test_accuracy_pools_squares_and_counts_failures_as_worst():
     assert row["error"] == "RuntimeError: no kernel for this"
     assert accuracy.worst_ratio([{"ratio": {"out": 1.0}}, row]) == math.inf
     assert accuracy.worst_ratio([{"ratio": {"out": 1.0, "dq": 1.2}}]) == 1.2
+    row = accuracy.measure(case, dense_provider(), wrong_provider(), CPU, 1)
+    assert row["error"].startswith("wrong is wrong: relative errors")
+    assert accuracy.worst_ratio([row]) == math.inf
 
 
 def test_memory_needed_bytes_by_hand():

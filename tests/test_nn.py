@@ -12,7 +12,7 @@ from op_counter import CountForward
 from flash_attn2 import nn as flash_nn
 
 HEADS, EMBED, BATCH, L, S = 4, 24, 3, 7, 9
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4}
 
 
 def make_pair(device="cpu", dtype=torch.float32, **options):
@@ -129,7 +129,6 @@ def assert_same_results(theirs, ours, inputs, call, tolerance):
 @pytest.mark.parametrize("sources", ["self", "memory", "three"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_same_as_torch(dtype, batch_first, sources, mask):
-    torch.manual_seed(0)
     keys = L if sources == "self" else S
     for appended, bias in itertools.product(APPENDED, [True, False]):
         theirs, ours = make_pair(dtype=dtype, batch_first=batch_first, bias=bias, **appended)
@@ -147,7 +146,6 @@ def test_same_as_torch(dtype, batch_first, sources, mask):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kdim, vdim", [(10, 14), (EMBED, 14), (10, None)])
 def test_other_key_and_value_sizes(mask, kdim, vdim):
-    torch.manual_seed(1)
     for batch_first, appended in itertools.product([False, True], APPENDED):
         theirs, ours = make_pair(
             dtype=torch.float64, batch_first=batch_first, kdim=kdim, vdim=vdim, **appended
@@ -155,27 +153,25 @@ def test_other_key_and_value_sizes(mask, kdim, vdim):
         inputs = make_inputs("three", batch_first, torch.float64, kdim=kdim, vdim=vdim or EMBED)
         for need_weights in (False, True):
             call = {**make_masks(mask, S, torch.float64), "need_weights": need_weights}
-            assert_same_results(theirs, ours, inputs, call, 1e-12)
+            assert_same_results(theirs, ours, inputs, call, 1e-11)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("sources", ["self", "memory", "three"])
 def test_unbatched(mask, sources):
-    torch.manual_seed(2)
     keys = L if sources == "self" else S
     for batch_first, appended in itertools.product([False, True], APPENDED):
         theirs, ours = make_pair(dtype=torch.float64, batch_first=batch_first, **appended)
         inputs = make_inputs(sources, batch_first, torch.float64, batch=0)
         for need_weights in (False, True):
             call = {**make_masks(mask, keys, torch.float64, batch=0), "need_weights": need_weights}
-            assert_same_results(theirs, ours, inputs, call, 1e-12)
+            assert_same_results(theirs, ours, inputs, call, 1e-11)
 
 
 @pytest.mark.parametrize("rows, keys", [(7, 7), (4, 9), (9, 4), (1, 5), (5, 1)])
 @pytest.mark.parametrize("appended", APPENDED, ids=lambda options: "+".join(options) or "plain")
 def test_causal_is_aligned_to_the_top_left(rows, keys, appended):
     """torch aligns the hint to the top left for any lengths; the kernels align to bottom right."""
-    torch.manual_seed(3)
     theirs, ours = make_pair(dtype=torch.float64, batch_first=True, **appended)
     query = torch.randn(2, rows, EMBED, dtype=torch.float64, requires_grad=True)
     memory = torch.randn(2, keys, EMBED, dtype=torch.float64, requires_grad=True)
@@ -183,7 +179,7 @@ def test_causal_is_aligned_to_the_top_left(rows, keys, appended):
     with CountForward() as op:
         ours(query, memory, memory, **call)
     assert op.calls == 1
-    assert_same_results(theirs, ours, (query, memory, memory), call, 1e-12)
+    assert_same_results(theirs, ours, (query, memory, memory), call, 1e-11)
     if not appended:  # then the hint and the mask mean the same
         call["is_causal"] = False
         by_mask = theirs(query, memory, memory, **call)[0]
@@ -324,7 +320,7 @@ def test_hint_with_a_mask_of_a_wrong_shape_is_left_to_torch():
     theirs, ours = make_pair(dtype=torch.float64, batch_first=True)
     x = torch.randn(2, L, EMBED, dtype=torch.float64, requires_grad=True)
     call = {"attn_mask": causal_mask(3, 3), "is_causal": True, "need_weights": False}
-    assert_same_results(theirs, ours, (x, x, x), call, 1e-12)
+    assert_same_results(theirs, ours, (x, x, x), call, 1e-11)
 
 
 @pytest.mark.parametrize("batch, rows, keys", [(0, 4, 4), (2, 0, 4)])
@@ -442,13 +438,12 @@ def test_arguments_not_supported_yet_are_named():
     assert torch.equal(module.eval()(qkv), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("mask", ["none", "padding-bool", "attn2-float", "causal"])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_gpu_error_is_no_larger_than_torchs(dtype, mask, batch_first):
     """Outputs and input gradients against fp64; the yardstick is torch's module in the dtype."""
-    torch.manual_seed(7)
     for appended in APPENDED:
         theirs, ours = make_pair("cuda", dtype, batch_first=batch_first, **appended)
         exact = copy.deepcopy(theirs).double()
@@ -474,7 +469,7 @@ def test_gpu_error_is_no_larger_than_torchs(dtype, mask, batch_first):
             assert (own - exact_value).norm() <= allowed
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_gpu_fp32_takes_sdpa_unless_autocast_is_on():
     theirs, ours = make_pair("cuda", batch_first=True)
     (x, *_) = make_inputs("self", True, torch.float32, "cuda")

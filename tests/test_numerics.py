@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import Case, random_inputs
 from numerics import (
+    _poison_cuda_allocator,
     assert_near,
     fp64_result,
     hidden_pairs,
@@ -40,13 +41,23 @@ def test_assert_near_refuses_nan_and_large_errors():
 
 def test_poisoned_memory_is_nan(device):
     like = torch.ones(1000, device=device)
-    with poisoned(like):
+    with poisoned(like.device):
         assert torch.empty_like(like).isnan().all()
         assert like.new_empty(33, dtype=torch.bfloat16).isnan().all()
         # A workspace of bytes that is read as fp32 is NaN, too.
         workspace = torch.empty(64, dtype=torch.uint8, device=device)
         assert workspace.view(torch.float32).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("elements", [10, 1000, 100_000, 1_000_000, 10_000_000])
+def test_poisoned_allocator(elements):
+    """What C++ takes from the allocator itself, without the fill of torch.empty."""
+    stale = torch.ones(elements, device="cuda")
+    del stale
+    _poison_cuda_allocator(torch.device("cuda", 0))
+    assert torch.empty(elements, device="cuda").isnan().all()
 
 
 def test_hidden_pairs_written_out():
@@ -63,9 +74,9 @@ def test_plain_attention_is_torchs():
     args = [x.transpose(1, 2) for x in (q, k, v)]
     expected = F.scaled_dot_product_attention(*args, is_causal=True, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(out.transpose(1, 2), expected)
-    torch.testing.assert_close(
-        lse[:, :, 0], 0.3 * (q[:, 0] * k[:, 0].repeat(1, 2, 1)[:, [0, 2, 1, 3]]).sum(-1)
-    )
+    # Row 0 sees key 0 alone.
+    first = 0.3 * (q[:, 0] * k[:, 0].repeat_interleave(2, 1)).sum(-1)
+    torch.testing.assert_close(lse[:, :, 0], first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

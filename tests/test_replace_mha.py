@@ -1,6 +1,8 @@
 """flash_attn2.nn.replace_mha: models keep their answers, parameters, hooks and shape."""
 
 import copy
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,7 +52,6 @@ def encoder_calls():
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_encoder_answers_the_same(call, norm_first):
-    torch.manual_seed(0)
     arguments = encoder_calls()[call]
     theirs = encoder(norm_first=norm_first)
     ours = replace_mha(copy.deepcopy(theirs))
@@ -98,7 +99,6 @@ def test_evaluation_runs_the_kernels_once_torchs_fused_layer_is_off():
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_whole_transformer(batch_first):
-    torch.manual_seed(1)
     theirs = nn.Transformer(D_MODEL, HEADS, 2, 2, 32, dropout=0.0, batch_first=batch_first)
     ours = replace_mha(copy.deepcopy(theirs))
     kinds = [type(m) for m in ours.modules() if isinstance(m, nn.MultiheadAttention)]
@@ -197,10 +197,9 @@ def test_compiled_encoder():
     torch.testing.assert_close(compiled(src), model(src))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("training", [True, False])
 def test_gpu_encoder_answers_the_same(training):
-    torch.manual_seed(2)
     theirs = encoder().to("cuda", torch.bfloat16).train(training)
     ours = replace_mha(copy.deepcopy(theirs))
     exact = copy.deepcopy(theirs).double()
@@ -211,3 +210,11 @@ def test_gpu_encoder_answers_the_same(training):
     reference, expected = exact(src.double()), theirs(src)
     allowed = 1.3 * (expected - reference).norm() + 1e-3 * reference.norm()
     assert (actual - reference).norm() <= allowed
+
+
+def test_example_runs(capsys):
+    sizes = ["--layers", "1", "--heads", "2", "--hidden", "16", "--seqlen", "20", "--repeats", "1"]
+    path = Path(__file__).resolve().parents[1] / "examples" / "replace_mha.py"
+    main = runpy.run_path(str(path))["main"]
+    assert main(["--device", "cpu", *sizes]) < 1e-5
+    assert capsys.readouterr().out.count("ms, forward and backward") == 2

@@ -273,17 +273,20 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(text, tmp_path):
     assert [s for s, _ in state["history"]["train"]] == list(range(step + 3))
 
 
-# Two bf16 runs drift apart by rounding alone; a one-percent error of the scores drifts further.
-LOSS_TOLERANCE_BF16 = 0.02
+# Mean over 100 steps. Rounding alone, amplified by training, gives 0.004 to 0.01 here (flash and
+# sdpa against eager attention); scores half as large again give over 0.05.
+LOSS_TOLERANCE_BF16 = 0.025
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu_losses_agree_with_eager_attention_over_100_steps(text, tmp_path):
-    options = ("--device", "cuda", "--heads", "2", "--hidden", "128", "--seqlen", "256")
-    eager, flash = (
-        train_losses(text, tmp_path, attention, *options) for attention in ("eager", "flash")
-    )
+@pytest.mark.gpu
+def test_gpu_bf16_losses_agree_with_eager_attention_over_100_steps(text, tmp_path, monkeypatch):
+    options = ("--device", "cuda", "--hidden", "128", "--seqlen", "128")
+    eager = train_losses(text, tmp_path, "eager", *options)
     assert eager[-10:].mean() < eager[:10].mean() - 1.0
-    difference = (flash - eager).abs()
-    assert difference.mean() < LOSS_TOLERANCE_BF16
-    assert difference.max() < 5 * LOSS_TOLERANCE_BF16
+    flash = train_losses(text, tmp_path, "flash", *options)
+    assert (flash - eager).abs().mean() < LOSS_TOLERANCE_BF16
+
+    real = gpt.eager_attention
+    monkeypatch.setitem(gpt.ATTENTIONS, "eager", lambda q, k, v: real(1.5 * q, k, v))
+    wrong = train_losses(text, tmp_path, "eager", *options)
+    assert (wrong - eager).abs().mean() > LOSS_TOLERANCE_BF16

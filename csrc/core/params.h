@@ -49,7 +49,7 @@ struct BackwardParams {
   const float* dlse = nullptr;  // the same shape, or null where the LSE has no gradient
   float softmax_scale = 1.f;
 
-  // Workspace, in this order, in one allocation of Plan::workspace_bytes (see carve_workspace):
+  // Workspace, in this order, in one allocation that carve_workspace (plan/plan.h) divides:
   // seqlen_q_rounded is seqlen_q rounded up to tile_m, head_dim_rounded is the kernel's bucket.
   float* lse_log2 = nullptr;  // (batch, heads_q, seqlen_q_rounded): LSE * log2(e), +inf on padding
   float* delta = nullptr;     // (batch, heads_q, seqlen_q_rounded): D = rowsum(dO * O) - dLSE

@@ -48,8 +48,15 @@ void check_size(const char* name, const at::Tensor& t, int dim, const char* what
               ", it must be ", other_name, "'s ", other.size(dim));
 }
 
+std::string shape_of(at::IntArrayRef sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + text + ")";
+}
+
 void check_shape(const char* name, const at::Tensor& t, at::IntArrayRef expected) {
-  TORCH_CHECK(t.sizes() == expected, name, ": shape is ", t.sizes(), ", it must be ", expected);
+  TORCH_CHECK(t.sizes() == expected, name, ": shape is ", shape_of(t.sizes()), ", it must be ",
+              shape_of(expected));
 }
 
 void check_heads(const at::Tensor& q, const at::Tensor& k) {
@@ -70,9 +77,10 @@ void check_head_dim(const at::Tensor& q) {
 Problem check_qkv(Direction direction, const at::Tensor& q, const at::Tensor& k,
                   const at::Tensor& v, int64_t window_left, int64_t window_right,
                   bool deterministic) {
-  TORCH_CHECK(q.is_cuda(), "q: device is ", q.device(), ", it must be k's ", k.device());
   check_device("k", k, q);
   check_device("v", v, q);
+  TORCH_CHECK(q.is_cuda(), "q: device is ", q.device(),
+              ", it must be a CUDA device, as another argument's is");
   TORCH_CHECK(q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16, "q: dtype is ",
               dtype_of(q.scalar_type()), ", on CUDA it must be torch.float16 or torch.bfloat16");
   check_dtype("k", k, q);
@@ -82,7 +90,8 @@ Problem check_qkv(Direction direction, const at::Tensor& q, const at::Tensor& k,
   check_layout("v", v);
   check_size("k", k, 0, "batch", "q", q);
   check_size("k", k, 3, "head_dim", "q", q);
-  check_shape("v", v, k.sizes());
+  TORCH_CHECK(v.sizes() == k.sizes(), "v: shape is ", shape_of(v.sizes()), ", it must be k's ",
+              shape_of(k.sizes()));
   check_heads(q, k);
   check_head_dim(q);
 

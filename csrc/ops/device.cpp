@@ -11,12 +11,10 @@
 namespace flash_attn2 {
 namespace {
 
-constexpr int kOldestArch = 80;
-
 struct CachedDevice {
   std::once_flag queried;
   DeviceLimits limits;
-  bool usable = false;
+  std::string why_unusable;  // empty: usable
 };
 
 DeviceLimits query(int index) {
@@ -44,16 +42,9 @@ const DeviceLimits& running_device(int index) {
   CachedDevice& device = devices.at(index);
   std::call_once(device.queried, [&] {
     device.limits = query(index);
-    device.usable =
-        device.limits.arch >= kOldestArch && built_for(built_archs(), device.limits.arch);
+    device.why_unusable = why_unusable(device.limits, built_archs());
   });
-  const int arch = device.limits.arch;
-  TORCH_CHECK(device.usable || arch >= kOldestArch, "q: the GPU ", device.limits.name, " is sm_",
-              arch, ", it must be sm_", kOldestArch, " or newer");
-  TORCH_CHECK(device.usable, "q: the GPU ", device.limits.name, " is sm_", arch,
-              ", it must be one that this build has code for: ", built_archs(),
-              ". To build for it, set FLASH_ATTN2_ARCHS=",
-              arch == 90 ? "90a" : std::to_string(arch), " and type: pip install .");
+  TORCH_CHECK(device.why_unusable.empty(), device.why_unusable);
   return device.limits;
 }
 

@@ -121,6 +121,13 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t seqlen_q, int
   return plan_to_dict(problem, find_device(gpu));
 }
 
+std::string why_unusable_gpu(int arch, const std::string& archs) {
+  DeviceLimits device;
+  device.name = "cuda:0";
+  device.arch = arch;
+  return why_unusable(device, archs);
+}
+
 py::list list_gpus() {
   py::list gpus;
   for (const DeviceLimits& device : known_devices()) {
@@ -139,15 +146,17 @@ py::list list_gpus() {
 }  // namespace flash_attn2
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace flash_attn2;
   m.doc() = "Host side of flash_attn2: what was built, and which kernel a problem gets.";
-  m.def("build_info", &flash_attn2::build_info,
+  m.def("build_info", &build_info,
         "Version, architectures, CUDA, CUTLASS and torch of this build; head_dims and dtypes.");
-  m.def("list_kernels", &flash_attn2::list_kernels, "Every compiled kernel, one dict each.");
-  m.def("list_gpus", &flash_attn2::list_gpus, "The GPUs that plan() knows, one dict each.");
-  m.def("built_for", &flash_attn2::built_for, py::arg("archs"), py::arg("device_arch"),
-        "Whether a build for `archs` (\"80;90a\") runs on a GPU of that compute capability (90).");
+  m.def("list_kernels", &list_kernels, "Every compiled kernel, one dict each.");
+  m.def("list_gpus", &list_gpus, "The GPUs that plan() knows, one dict each.");
+  m.def("why_unusable", &why_unusable_gpu, py::arg("arch"), py::arg("archs"),
+        "The error that a GPU of that compute capability (90) gets from a build for `archs` "
+        "(\"80;90a\"); empty where it runs.");
   m.def(
-      "plan", &flash_attn2::plan,
+      "plan", &plan,
       "The kernel, grid, shared memory and workspace for one problem on a GPU by name, and why "
       "each other kernel was refused. Raises ValueError for sizes out of range and unknown names.",
       py::arg("direction"), py::arg("batch"), py::arg("seqlen_q"), py::arg("seqlen_k"),

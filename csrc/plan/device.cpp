@@ -97,4 +97,16 @@ bool built_for(const std::string& archs, int device_arch) {
   return ptx <= device_arch;
 }
 
+std::string why_unusable(const DeviceLimits& device, const std::string& archs) {
+  const std::string arch = std::to_string(device.arch);
+  const std::string gpu = "q: its device " + device.name + " is sm_" + arch;
+  if (device.arch < kOldestArch) {
+    return gpu + ", it must be sm_" + std::to_string(kOldestArch) + " or newer";
+  }
+  if (built_for(archs, device.arch)) return "";
+  return gpu + ", it must be one that this build has code for: " + archs +
+         ". To build for it, set FLASH_ATTN2_ARCHS=" + arch + (device.arch == 90 ? "a" : "") +
+         " and type: pip install .";
+}
+
 }  // namespace flash_attn2

@@ -8,6 +8,8 @@
 
 namespace flash_attn2 {
 
+constexpr int kOldestArch = 80;
+
 struct DeviceLimits {
   std::string name;
   int arch = 0;                  // compute capability, 10 * major + minor
@@ -31,5 +33,9 @@ bool built_for(const std::string& archs, int device_arch);
 
 // "80;90a" -> {"80", "90a"}; separators are ';', ',' and spaces.
 std::vector<std::string> split_archs(const std::string& archs);
+
+// Why a build for `archs` cannot serve a device (older than sm_80, or no code that it runs), as an
+// error message; empty where it can.
+std::string why_unusable(const DeviceLimits& device, const std::string& archs);
 
 }  // namespace flash_attn2

@@ -92,7 +92,10 @@ class BuildCudaExtension(build_ext):
         command.inplace, command.editable_mode = self.inplace, self.editable_mode
         command.build_lib, command.build_temp = self.build_lib, self.build_temp
         command.ensure_finalized()
-        command.run()
+        try:
+            command.run()
+        except RuntimeError as error:  # torch's, after ninja has printed what the compiler said
+            raise settings.BuildError(f"{error}: see the compiler's message above") from None
 
 
 def _python_tag() -> str:

@@ -1,0 +1,5 @@
+#include "../tiles.cuh"
+
+namespace flash_attn2::sm80 {
+static const RegisterKernels<cutlass::bfloat16_t, 192> rows;
+}  // namespace flash_attn2::sm80

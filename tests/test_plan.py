@@ -1,0 +1,364 @@
+"""The host's plan for every GPU it knows: which kernel, grid and workspace, and why not the others.
+
+Needs the compiled extension, but no GPU.
+"""
+
+import re
+
+import pytest
+
+import flash_attn2
+from flash_attn2 import ops
+
+EXTENSION = ops.EXTENSION
+pytestmark = pytest.mark.skipif(EXTENSION is None, reason="flash_attn2._C is not built")
+
+GPUS = {gpu["name"]: gpu for gpu in EXTENSION.list_gpus()} if EXTENSION else {}
+KERNELS = {row["name"]: row for row in EXTENSION.list_kernels()} if EXTENSION else {}
+DIRECTIONS = ("forward", "backward")
+
+REASONS = (
+    r"is a (forward|backward) kernel",
+    r"is for (float16|bfloat16), the inputs are (float16|bfloat16)",
+    r"serves head_dim <= \d+, the inputs have \d+",
+    r"needs sm_\d+, \w+ is sm_\d+",
+    r"needs \d+ bytes of shared memory, \w+ gives a block \d+",
+    r"fits, but \w+ (has a smaller head_dim bucket|is preferred) \(.+\)",
+)
+
+
+def built(direction: str, dtype: str) -> list[int]:
+    """Head dim buckets of this build, which a filter may have narrowed."""
+    return sorted(
+        {
+            row["head_dim"]
+            for row in KERNELS.values()
+            if row["direction"] == direction and row["dtype"] == dtype
+        }
+    )
+
+
+def plan_for(direction="forward", dtype=None, **sizes) -> dict:
+    """The plan for a small problem with the largest built head dim, except as given."""
+    dtype = dtype or EXTENSION.build_info()["dtypes"][0]
+    problem = {
+        "batch": 2,
+        "seqlen_q": 1000,
+        "seqlen_k": 1000,
+        "heads_q": 8,
+        "heads_k": 8,
+        "head_dim": built(direction, dtype)[-1],
+    }
+    return flash_attn2.plan(direction, dtype=dtype, **{**problem, **sizes})
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+# Choice of a kernel -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_gpu_and_head_dim_has_a_kernel_that_fits(gpu, direction, dtype):
+    buckets = built(direction, dtype)
+    for head_dim in range(8, 257, 8):
+        plan = plan_for(direction, dtype, head_dim=head_dim, gpu=gpu) if buckets else None
+        if not buckets or head_dim > buckets[-1]:
+            continue
+        assert plan["kernel"] is not None, f"head_dim {head_dim}: {plan['refused']}"
+        row = KERNELS[plan["kernel"]]
+        assert (row["direction"], row["dtype"]) == (direction, dtype)
+        assert row["head_dim"] == min(bucket for bucket in buckets if bucket >= head_dim)
+        assert plan["smem_bytes"] == row["smem_bytes"] <= GPUS[gpu]["smem_per_block_optin"]
+        for key in ("family", "tile_m", "tile_n", "threads"):
+            assert plan[key] == row[key]
+
+
+def test_an_unfiltered_build_serves_every_head_dim_up_to_256():
+    info = flash_attn2.build_info()
+    if len(info["head_dims"]) < 5 or len(info["dtypes"]) < 2:
+        pytest.skip(f"built with a filter: {info['head_dims']}, {info['dtypes']}")
+    for direction in DIRECTIONS:
+        for dtype in info["dtypes"]:
+            assert built(direction, dtype) == [64, 96, 128, 192, 256]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_each_other_kernel_is_refused_with_a_reason(gpu, direction):
+    plan = plan_for(direction, gpu=gpu)
+    refused = {entry["kernel"]: entry["reason"] for entry in plan["refused"]}
+    assert len(refused) == len(plan["refused"])
+    assert set(refused) == set(KERNELS) - {plan["kernel"]}
+    for kernel, reason in refused.items():
+        assert any(re.fullmatch(known, reason) for known in REASONS), f"{kernel}: {reason}"
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_reasons_are_true(gpu):
+    limit = GPUS[gpu]["smem_per_block_optin"]
+    for direction in DIRECTIONS:
+        plan = plan_for(direction, gpu=gpu)
+        for entry in plan["refused"]:
+            row, reason = KERNELS[entry["kernel"]], entry["reason"]
+            assert ("kernel" in reason) == (row["direction"] != direction)
+            if "shared memory" in reason:
+                assert row["smem_bytes"] > limit
+                assert f"needs {row['smem_bytes']} bytes" in reason and str(limit) in reason
+            if "fits" in reason:
+                assert row["smem_bytes"] <= limit and plan["kernel"] in reason
+
+
+def test_small_shared_memory_changes_the_kernel():
+    large = max(KERNELS.values(), key=lambda row: row["smem_bytes"])
+    small_gpu = min(GPUS.values(), key=lambda gpu: gpu["smem_per_block_optin"])
+    if large["smem_bytes"] <= small_gpu["smem_per_block_optin"]:
+        pytest.skip("every kernel of this build fits on every GPU")
+    plan = plan_for(
+        large["direction"], large["dtype"], head_dim=large["head_dim"], gpu=small_gpu["name"]
+    )
+    assert plan["kernel"] not in (None, large["name"])
+    reasons = {entry["kernel"]: entry["reason"] for entry in plan["refused"]}
+    assert "shared memory" in reasons[large["name"]]
+
+
+def test_head_dim_above_every_bucket_has_no_kernel():
+    dtype = EXTENSION.build_info()["dtypes"][0]
+    largest = built("forward", dtype)[-1]
+    if largest == 256:
+        pytest.skip("this build serves every head_dim up to 256")
+    plan = plan_for(head_dim=largest + 1)
+    assert plan["kernel"] is None and plan["tile_m"] is None and plan["grid"] == 0
+    assert len(plan["refused"]) == len(KERNELS)
+    assert any(f"the inputs have {largest + 1}" in entry["reason"] for entry in plan["refused"])
+
+
+def test_description_names_the_kernel():
+    for direction in DIRECTIONS:
+        plan = plan_for(direction)
+        assert plan["description"].startswith(f"{plan['kernel']}: grid {plan['grid']}, ")
+
+
+# Grid ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seqlen", [0, 1, 31, 32, 33, 127, 128, 129, 1000, 131072])
+def test_forward_grid_is_row_blocks_of_all_query_heads(seqlen):
+    plan = plan_for("forward", seqlen_q=seqlen, seqlen_k=77, batch=3, heads_q=6, heads_k=2)
+    assert plan["grid"] == 3 * 6 * -(-seqlen // plan["tile_m"])
+
+
+@pytest.mark.parametrize("seqlen", [0, 1, 31, 32, 33, 127, 128, 129, 1000, 131072])
+def test_backward_grid_is_column_blocks_of_all_kv_heads(seqlen):
+    plan = plan_for("backward", seqlen_q=77, seqlen_k=seqlen, batch=3, heads_q=6, heads_k=2)
+    assert plan["grid"] == 3 * 2 * -(-seqlen // plan["tile_n"])
+
+
+def test_large_grids_are_counted_in_64_bits():
+    plan = plan_for("forward", batch=1, heads_q=64, heads_k=64, seqlen_q=2**30, seqlen_k=1)
+    assert plan["grid"] == 64 * 2**30 // plan["tile_m"]
+
+
+@pytest.mark.parametrize(
+    "direction, seqlens, name",
+    [
+        ("forward", (2**30, 1), "seqlen_q"),
+        ("backward", (2**30, 1), "seqlen_q"),
+        ("backward", (1, 2**30), "seqlen_k"),
+    ],
+)
+def test_a_grid_that_cuda_cannot_launch_is_an_error(direction, seqlens, name):
+    with pytest.raises(ValueError, match=rf"^{name}: is {2**30}, .* at most 2147483647"):
+        plan_for(direction, batch=1000, seqlen_q=seqlens[0], seqlen_k=seqlens[1])
+
+
+# Heads that share the L2 cache --------------------------------------------------------------------
+
+
+def group_for(seqlen_k, **sizes) -> int:
+    """heads_per_group on an H200 (60 MiB of L2), where a KV head takes 4 * seqlen_k * 64 bytes."""
+    return plan_for("forward", seqlen_k=seqlen_k, head_dim=64, gpu="H200", **sizes)[
+        "heads_per_group"
+    ]
+
+
+def test_heads_per_group_fills_half_of_the_cache():
+    # 16384 keys: K and V of one head take 4 MiB, and 30 MiB hold 7 of them.
+    assert group_for(16384, batch=2, heads_q=16, heads_k=16) == 7
+    # Groups of 4 query heads that share a KV head stay together.
+    assert group_for(16384, batch=2, heads_q=64, heads_k=16) == 28
+
+
+def test_heads_per_group_is_all_heads_when_they_fit():
+    assert group_for(128, batch=2, heads_q=16, heads_k=4) == 32
+    assert group_for(0, batch=2, heads_q=16, heads_k=4) == 32
+
+
+def test_heads_per_group_is_one_kv_head_when_none_fits():
+    assert group_for(2**24, batch=2, heads_q=16, heads_k=4) == 4
+    assert group_for(2**24, batch=2, heads_q=4, heads_k=4) == 1
+
+
+def test_heads_per_group_of_an_empty_batch_is_positive():
+    assert group_for(128, batch=0, heads_q=16, heads_k=4) == 1
+
+
+# Workspace ----------------------------------------------------------------------------------------
+
+
+def test_forward_needs_no_workspace():
+    assert plan_for("forward", deterministic=True)["workspace_bytes"] == 0
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("seqlen_q", [0, 1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("gpu", ["A100", "RTX4090"])
+def test_backward_workspace(seqlen_q, deterministic, gpu):
+    plan = plan_for(
+        "backward",
+        batch=3,
+        heads_q=5,
+        heads_k=1,
+        seqlen_q=seqlen_q,
+        seqlen_k=200,
+        deterministic=deterministic,
+        gpu=gpu,
+    )
+    row = KERNELS[plan["kernel"]]
+    row_blocks = 3 * 5 * -(-seqlen_q // row["tile_m"])
+    rows = row_blocks * row["tile_m"]
+    expected = 2 * round_up(4 * rows, 256) + round_up(4 * rows * row["head_dim"], 256)
+    if deterministic:
+        expected += round_up(4 * row_blocks, 256) + 256
+    assert plan["workspace_bytes"] == expected
+
+
+def test_workspace_is_counted_in_64_bits():
+    plan = plan_for("backward", batch=1, heads_q=64, heads_k=64, seqlen_q=2**17, seqlen_k=2**17)
+    bucket = KERNELS[plan["kernel"]]["head_dim"]
+    assert plan["workspace_bytes"] == 64 * 2**17 * 4 * (bucket + 2) > 2**31
+
+
+# Window -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "window, seqlens, expected",
+    [
+        ((-1, 0), (100, 200), (-1, 0)),  # causal
+        ((-7, -9), (100, 200), (-1, -1)),
+        ((198, 98), (100, 200), (198, 98)),  # each hides one key of one query
+        ((199, 99), (100, 200), (-1, -1)),  # they hide nothing
+        ((2**62, 2**62), (100, 200), (-1, -1)),
+        ((3, 0), (1, 200), (3, -1)),  # one query sees the keys up to the last, its own
+        ((0, 150), (200, 100), (0, 150)),  # a right window beyond seqlen_k still hides keys
+    ],
+)
+def test_window_that_hides_nothing_is_none(window, seqlens, expected):
+    plan = plan_for(
+        seqlen_q=seqlens[0], seqlen_k=seqlens[1], window_left=window[0], window_right=window[1]
+    )
+    assert (plan["window_left"], plan["window_right"]) == expected
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"direction": "up"}, r"^direction: is 'up', it must be 'forward' or 'backward'"),
+        ({"dtype": "float32"}, r"^dtype: is 'float32', it must be 'float16' or 'bfloat16'"),
+        ({"gpu": "T4"}, r"^gpu: is 'T4', it must be one of .*A100.*H200.*RTX5090"),
+        ({"batch": -1}, r"^batch: is -1, it must be at least 0"),
+        ({"batch": 2**31}, r"^batch: is 2147483648, .* at most 2147483647"),
+        ({"seqlen_q": 2**31}, r"^seqlen_q: is 2147483648, .* at most 2147483647"),
+        ({"seqlen_k": -5}, r"^seqlen_k: is -5, it must be at least 0"),
+        (
+            {"seqlen_q": 2**30, "seqlen_k": 2**30},
+            r"^seqlen_q \+ seqlen_k: is 2147483648, .* at most 2147482623",
+        ),
+        (
+            {"batch": 2**20, "heads_q": 4096, "heads_k": 1},
+            r"^batch \* heads_q: is 4294967296, .* at most 2147483647",
+        ),
+        ({"heads_q": 0}, r"^heads_q: is 0, it must be at least 1"),
+        ({"heads_k": 0}, r"^heads_k: is 0, it must be at least 1"),
+        ({"heads_q": 8, "heads_k": 3}, r"^heads_q: is 8, it must be a multiple of heads_k, .* 3"),
+        ({"head_dim": 0}, r"^head_dim: is 0, it must be at least 1 and at most 256"),
+        ({"head_dim": 257}, r"^head_dim: is 257, it must be at least 1 and at most 256"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments(wrong, message):
+    problem = {
+        "direction": "forward",
+        "batch": 1,
+        "seqlen_q": 10,
+        "seqlen_k": 10,
+        "heads_q": 8,
+        "heads_k": 8,
+        "head_dim": 64,
+    }
+    with pytest.raises(ValueError, match=message):
+        flash_attn2.plan(**{**problem, **wrong})
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "RTX 4090", "rtx-4090", "RTX_4090"])
+def test_gpu_names_are_found_in_any_spelling(name):
+    assert plan_for(gpu=name) == plan_for(gpu="RTX4090")
+
+
+# Build and GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", [35, 70, 75])
+def test_gpu_older_than_sm_80(arch):
+    message = EXTENSION.why_unusable(arch, "80;90a")
+    assert re.fullmatch(rf"q: its device \S+ is sm_{arch}, it must be sm_80 or newer", message)
+
+
+@pytest.mark.parametrize(
+    "archs, runs, fails",
+    [
+        # Machine code runs on its major version; the newest plain one is there as PTX, too.
+        ("80", (80, 86, 89, 90, 100, 120), ()),
+        ("80;90a", (80, 86, 89, 90, 100, 120), ()),
+        ("90a", (90, 100, 120), (80, 86, 89)),
+        ("90", (90, 100, 120), (80, 86, 89)),
+        ("86", (86, 89, 90, 120), (80,)),
+        ("100f, 120", (100, 103, 120, 121), (80, 90)),
+        ("100a;103a", (100, 103, 110, 120), (90,)),
+    ],
+)
+def test_architectures_that_a_build_runs_on(archs, runs, fails):
+    for arch in runs:
+        assert EXTENSION.why_unusable(arch, archs) == ""
+    for arch in fails:
+        message = EXTENSION.why_unusable(arch, archs)
+        assert f"is sm_{arch}, it must be one that this build has code for: {archs}" in message
+        assert f"FLASH_ATTN2_ARCHS={arch}" in message
+
+
+def test_build_info_and_kernels_agree():
+    info = flash_attn2.build_info()
+    assert set(info) >= {"version", "archs", "cuda", "cutlass", "torch", "head_dims", "dtypes"}
+    assert info["head_dims"] == sorted({row["head_dim"] for row in KERNELS.values()})
+    assert info["dtypes"] == sorted({row["dtype"] for row in KERNELS.values()})
+    assert info["archs"] and all(re.fullmatch(r"\d+[af]?", arch) for arch in info["archs"])
+    assert re.fullmatch(r"\d+\.\d+", info["cuda"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info["cutlass"])
+
+
+def test_kernel_names_say_what_they_are():
+    assert len(KERNELS) == len(EXTENSION.list_kernels())
+    short = {"forward": "fwd", "backward": "bwd", "float16": "fp16", "bfloat16": "bf16"}
+    for name, row in KERNELS.items():
+        assert name == (
+            f"{row['family']}_{short[row['direction']]}_{short[row['dtype']]}_d{row['head_dim']}"
+            f"_{row['tile_m']}x{row['tile_n']}"
+        )
+        assert row["threads"] % 32 == 0 and row["smem_bytes"] > 0
