@@ -18,9 +18,11 @@ PYTHON ?=
 ifeq ($(VENV),0)
   PY := $(or $(PYTHON),python3)
   READY :=
+  CLANG_FORMAT := clang-format
 else
   PY := $(VENV)/bin/python
   READY := $(VENV)/.ready
+  CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -49,12 +51,12 @@ toolkit: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m clang_format --dry-run -Werror $(CPP_SOURCES)
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP_SOURCES)
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $(CPP_SOURCES)
+	$(CLANG_FORMAT) -i $(CPP_SOURCES)
 
 $(VENV)/.ready: requirements/build.txt requirements/run.txt requirements/test.txt requirements/nvcc.txt pyproject.toml
 	sh tools/make_venv.sh "$(VENV)" "$(PYTHON)"

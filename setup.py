@@ -8,8 +8,8 @@ from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
-from cuda_build.command import BuildCudaExtension, placeholder_extension  # noqa: E402
-from cuda_build.settings import cuda_wanted  # noqa: E402
+from cuda_build.command import BuildCudaExtension, placeholder_extension
+from cuda_build.settings import cuda_wanted
 
 setup(
     ext_modules=[placeholder_extension()] if cuda_wanted(os.environ) else [],

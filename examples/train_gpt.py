@@ -59,11 +59,28 @@ PRESETS = {
             "steps": 800,
             "lr": 1e-3,
             "compile": True,
+            "max_minutes": 4.0,
         },
     },
     "smoke": {
-        "cpu": {"layers": 2, "heads": 2, "hidden": 32, "seqlen": 64, "batch": 8, "steps": 100},
-        "cuda": {"layers": 2, "heads": 2, "hidden": 128, "seqlen": 256, "batch": 8, "steps": 100},
+        "cpu": {
+            "layers": 2,
+            "heads": 2,
+            "hidden": 32,
+            "seqlen": 64,
+            "batch": 8,
+            "steps": 100,
+            "margin": 0.2,
+        },
+        "cuda": {
+            "layers": 2,
+            "heads": 2,
+            "hidden": 128,
+            "seqlen": 256,
+            "batch": 8,
+            "steps": 100,
+            "margin": 0.2,
+        },
     },
 }
 INTERRUPTED = 130

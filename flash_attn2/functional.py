@@ -79,7 +79,7 @@ def _padded_forward(q, k, v, softmax_scale, left, right, deterministic):
     return out[..., :d], lse
 
 
-def _rank_error(name: str, x: Tensor, layout: str) -> RuntimeError:
+def _shape_error(name: str, x: Tensor, layout: str) -> RuntimeError:
     return RuntimeError(f"{name}: shape is {tuple(x.shape)}, it must be {layout}")
 
 
@@ -117,9 +117,9 @@ def flash_attn_func(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = _autocast(q, dtype), _autocast(k, dtype), _autocast(v, dtype)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise _rank_error(name, x, "(batch, seqlen, heads, head_dim)")
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        name, x = next(pair for pair in (("q", q), ("k", k), ("v", v)) if pair[1].dim() != 4)
+        raise _shape_error(name, x, "(batch, seqlen, heads, head_dim)")
     if q.stride(3) != 1:
         q = q.contiguous()
     if k.stride(3) != 1:
@@ -157,7 +157,7 @@ def flash_attn_kvpacked_func(
         The others, and the returns: see `flash_attn_func`.
     """
     if kv.dim() != 5 or kv.shape[2] != 2:
-        raise _rank_error("kv", kv, "(batch, seqlen, 2, heads, head_dim)")
+        raise _shape_error("kv", kv, "(batch, seqlen, 2, heads, head_dim)")
     k, v = kv.unbind(2)
     return flash_attn_func(
         q,
@@ -192,7 +192,7 @@ def flash_attn_qkvpacked_func(
         The others, and the returns: see `flash_attn_func`.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise _rank_error("qkv", qkv, "(batch, seqlen, 3, heads, head_dim)")
+        raise _shape_error("qkv", qkv, "(batch, seqlen, 3, heads, head_dim)")
     q, k, v = qkv.unbind(2)
     return flash_attn_func(
         q,

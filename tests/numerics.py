@@ -28,16 +28,20 @@ def _poison_cuda_allocator(device: torch.device) -> None:
 
     An op that allocates then gets NaN, and not the right answer of an earlier call.
     """
-    sizes = [1 << 20] * 8 + [32 << 20] * 4  # spare blocks for the allocator's small and large pool
-    del [torch.empty(n, dtype=torch.uint8, device=device) for n in sizes][:]
+    # Spare blocks, so that a larger or later request finds a poisoned one, too. The allocator keeps
+    # requests of up to 1 MiB in a pool of their own.
+    spare = [torch.empty(1 << 20, dtype=torch.uint8, device=device) for _ in range(8)]
+    spare += [torch.empty(32 << 20, dtype=torch.uint8, device=device) for _ in range(4)]
+    del spare
+    sizes = []
     for segment in torch.cuda.memory_snapshot():
         if segment["device"] != (device.index or 0):
             continue
         largest = 1 << 20 if segment["segment_type"] == "small" else 1 << 40
         for block in segment["blocks"]:
             if block["state"] == "inactive":
-                size = block["size"]
-                sizes += [largest] * (size // largest) + [size % largest] * (size % largest > 0)
+                full, rest = divmod(block["size"], largest)
+                sizes += [largest] * full + [rest] * (rest > 0)
     held = [
         torch.empty(n, dtype=torch.uint8, device=device).fill_(255)
         for n in sorted(sizes, reverse=True)
@@ -164,6 +168,18 @@ def rounded_result(inputs: Inputs, softmax_scale, window=(-1, -1), *, with_dlse=
     dk = sum_group(torch.einsum("bhij,bihd->bjhd", ds, q) * softmax_scale)
     dv = sum_group(torch.einsum("bhij,bihd->bjhd", rounded(p), dout))
     return Result(out, lse[..., 0].to(inputs.dlse.dtype), dq, dk, dv)
+
+
+def torch_flash(q, k, v, softmax_scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """torch's FLASH_ATTENTION backend, the yardstick: out (b, sq, h, d) and lse, differentiable.
+
+    Called beneath scaled_dot_product_attention, which refuses or aligns to the top left what is not
+    square; the backend itself aligns a causal mask to the bottom right, as flash_attn2 does.
+    """
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), 0.0, causal, scale=softmax_scale
+    )
+    return out.transpose(1, 2), lse
 
 
 # The measure --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from cases import EDGE_LENGTHS, GROUPS, HALF_DTYPES, HEAD_DIMS, MASKS, Case, random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import assert_result, fp64_result, run_op
+from numerics import assert_result, fp64_result, relative_error, run_op
 
 dtypes = pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 
@@ -195,6 +195,16 @@ def test_rows_without_keys(device, dtype, mask):
     assert_result(got, inputs, case)
 
 
+def test_any_gradient_of_the_lse_of_a_row_without_keys(device):
+    """Whatever a caller's formula sends back for -inf, such a row leaves all gradients alone."""
+    case = Case(100, 40, mask="causal")
+    inputs = random_inputs(case, torch.bfloat16, device)
+    dlse = inputs.dlse.clone()
+    dlse[..., :60] = math.nan
+    got = run_op(inputs._replace(dlse=dlse), case.softmax_scale, case.window)
+    assert_result(got, inputs, case)
+
+
 # Infinities and NaN -------------------------------------------------------------------------------
 
 
@@ -235,6 +245,16 @@ def test_scores_beyond_the_range_of_exp(device):
     ref = fp64_result(inputs, case.softmax_scale)
     assert all(x.isfinite().all() for x in got)
     assert (got.out.double() - ref.out).norm() < 1e-2 * ref.out.norm()
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_negative_and_zero_scale(device, scale):
+    inputs = random_inputs(Case(130, 140), torch.bfloat16, device)
+    got, ref = run_op(inputs, scale), fp64_result(inputs, scale)
+    assert relative_error(got.out, ref.out) < 5e-3
+    assert relative_error(got.lse, ref.lse) < 1e-5
+    assert relative_error(got.dv, ref.dv) < 5e-3
+    assert relative_error(got.dq, ref.dq) < 1e-2
 
 
 # Reproducible -------------------------------------------------------------------------------------

@@ -323,13 +323,14 @@ def test_hint_with_a_mask_of_a_wrong_shape_is_left_to_torch():
     assert_same_results(theirs, ours, (x, x, x), call, 1e-11)
 
 
-@pytest.mark.parametrize("batch, rows, keys", [(0, 4, 4), (2, 0, 4)])
+@pytest.mark.parametrize("batch, rows, keys", [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
 def test_empty_inputs(batch, rows, keys):
     theirs, ours = make_pair(batch_first=True)
     query, memory = torch.randn(batch, rows, EMBED), torch.randn(batch, keys, EMBED)
     expected = theirs(query, memory, memory, need_weights=False)[0]
     actual = ours(query, memory, memory, need_weights=False)[0]
-    assert actual.shape == expected.shape == (batch, rows, EMBED)
+    assert actual.shape == (batch, rows, EMBED)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_nested_tensors_behave_as_in_torch():
@@ -480,3 +481,19 @@ def test_gpu_fp32_takes_sdpa_unless_autocast_is_on():
     with torch.autocast("cuda", dtype=torch.bfloat16), CountForward() as op:
         ours(x, x, x, need_weights=False)
     assert op.calls == 1
+
+
+@pytest.mark.gpu
+def test_gpu_compile_fullgraph():
+    torch.compiler.reset()
+    _, ours = make_pair("cuda", torch.bfloat16, batch_first=True)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, L, EMBED, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    call = {"need_weights": False, "attn_mask": causal_mask(L, L, "cuda"), "is_causal": True}
+    with CountForward() as op:
+        expected = ours(x, x, x, **call)[0]
+    assert op.calls == 1
+    actual = compiled(x, x, x, **call)[0]
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-2)

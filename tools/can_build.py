@@ -15,8 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from cuda_build import settings, toolchain  # noqa: E402
-from cuda_build.command import find_fitting_toolkit, gpu_capabilities  # noqa: E402
+from cuda_build import settings, toolchain
+from cuda_build.command import find_fitting_toolkit, gpu_capabilities
 
 
 def main() -> None:

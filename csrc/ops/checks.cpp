@@ -70,7 +70,7 @@ void check_head_dim(const at::Tensor& q) {
   const int64_t head_dim = q.size(3);
   TORCH_CHECK(head_dim <= kMaxHeadDim, "q: head_dim is ", head_dim, ", the limit is ", kMaxHeadDim);
   TORCH_CHECK(head_dim >= kHeadDimStep && head_dim % kHeadDimStep == 0, "q: head_dim is ", head_dim,
-              ", it must be a multiple of ", kHeadDimStep,
+              ", it must be a positive multiple of ", kHeadDimStep,
               " (flash_attn_func pads others with zeros)");
 }
 

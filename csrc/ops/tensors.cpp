@@ -11,7 +11,7 @@ constexpr int64_t kAlignment = 16;  // bytes
 
 bool is_servable(const at::Tensor& t) {
   if (t.size(3) > 1 && t.stride(3) != 1) return false;
-  if (reinterpret_cast<std::uintptr_t>(t.data_ptr()) % kAlignment != 0) return false;
+  if (reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % kAlignment != 0) return false;
   const int64_t step = kAlignment / t.element_size();
   for (int dim = 0; dim < 3; ++dim) {
     if (t.size(dim) > 1 && t.stride(dim) % step != 0) return false;
@@ -28,7 +28,7 @@ at::Tensor servable(const at::Tensor& t) {
 
 TensorView view_of(const at::Tensor& t) {
   TensorView view;
-  view.ptr = t.data_ptr();
+  view.ptr = const_cast<void*>(t.const_data_ptr());  // kernels write fresh outputs only
   view.batch_stride = t.stride(0);
   view.row_stride = t.stride(1);
   view.head_stride = t.stride(2);

@@ -41,20 +41,13 @@ struct BackwardTraits {
                                     int(sizeof(Element));
 };
 
-// The (query head, query block) pairs that one thread block walks over: all query blocks of the
-// first head of the group, then of the next.
-struct QueryWalk {
-  int first_head;
-  BlockRange blocks;
-  int steps;
+// A step of a thread block's walk: all query blocks of the first head of the group, then of the next.
+struct QueryStep {
+  int head, block;
 
-  __device__ __forceinline__ int head(int step) const { return first_head + step / per_head(); }
-  __device__ __forceinline__ int block(int step) const {
-    return blocks.begin + step % per_head();
+  __device__ __forceinline__ QueryStep next(const BlockRange& blocks) const {
+    return block + 1 < blocks.end ? QueryStep{head, block + 1} : QueryStep{head + 1, blocks.begin};
   }
-
- private:
-  __device__ __forceinline__ int per_head() const { return blocks.end - blocks.begin; }
 };
 
 // The thread block's place in the grid. Where dQ is summed in a fixed order, blocks draw their place
@@ -155,7 +148,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int key_begin = coord.block * kTileN;
   const int group = shape.heads_q / shape.heads_k;
   const BlockRange blocks = visible.query_blocks(key_begin, kTileM, kTileN);
-  const QueryWalk walk{coord.head * group, blocks, group * max(blocks.end - blocks.begin, 0)};
+  const int steps = group * max(blocks.end - blocks.begin, 0);
   const int row_blocks = ceil_div(shape.seqlen_q, kTileM);
 
   Element* smem_k = reinterpret_cast<Element*>(smem);
@@ -177,11 +170,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         tile_at(target, typename Traits::SmemKV{}), thread, shape.seqlen_k - key_begin,
         shape.head_dim);
   };
-  auto load_queries = [&](int step, int stage) {
-    const int row_begin = walk.block(step) * kTileM;
+  auto load_queries = [&](const QueryStep& at, int stage) {
+    const int row_begin = at.block * kTileM;
     const auto load = [&](const TensorView& view, Element* target) {
       load_tile<Element, kHeadDim, Traits::kThreads>(
-          global_tile<Element, kTileM, kHeadDim>(view, coord.batch, walk.head(step), row_begin),
+          global_tile<Element, kTileM, kHeadDim>(view, coord.batch, at.head, row_begin),
           tile_at(target, typename Traits::SmemQ{}), thread, shape.seqlen_q - row_begin,
           shape.head_dim);
     };
@@ -195,19 +188,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   clear(acc_dk);
   clear(acc_dv);
 
-  if (walk.steps > 0) {
+  QueryStep at{coord.head * group, blocks.begin};
+  if (steps > 0) {
     load_key_tile(params.k, smem_k);
     load_key_tile(params.v, smem_v);
-    load_queries(0, 0);
+    load_queries(at, 0);
     cp_async_fence();
   }
-  for (int step = 0, stage = 0; step < walk.steps; ++step, stage = (stage + 1) % Traits::kStages) {
-    const int row_begin = walk.block(step) * kTileM;
-    const int64_t head_row = int64_t(coord.batch) * shape.heads_q + walk.head(step);
-    const int64_t row_block = head_row * row_blocks + walk.block(step);
+  for (int step = 0; step < steps; ++step) {
+    const int stage = step % Traits::kStages;
+    const int row_begin = at.block * kTileM;
+    const int64_t row_block =
+        (int64_t(coord.batch) * shape.heads_q + at.head) * row_blocks + at.block;
     cp_async_wait<0>();
     __syncthreads();  // Q and dO are there; all warps are done with P, dS and the other stage
-    if (Traits::kStages == 2 && step + 1 < walk.steps) load_queries(step + 1, stage ^ 1);
+    if (Traits::kStages == 2 && step + 1 < steps) load_queries(at.next(blocks), stage ^ 1);
     cp_async_fence();
 
     score_gradients<Traits>(params, visible, params.lse_log2 + row_block * kTileM,
@@ -221,27 +216,33 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     const auto transposed = [&](Element* base, auto layout) {
       return operand<LoadMatrixTransposed>(tile_at(base, layout));
     };
-    // B5: dV += P^T dO, B6: dK += dS^T Q; (kTileN, kHeadDim).
-    gemm_ss(acc_dv, mma_kv, transposed(smem_p, Transposed<typename Traits::SmemS>{}),
-            transposed(stage_dout(stage), Transposed<typename Traits::SmemQ>{}), thread);
-    gemm_ss(acc_dk, mma_kv, transposed(smem_ds, Transposed<typename Traits::SmemS>{}),
-            transposed(stage_q(stage), Transposed<typename Traits::SmemQ>{}), thread);
-    if (Traits::kStages == 1 && step + 1 < walk.steps) {
-      __syncthreads();  // all warps are done with this Q and dO
-      load_queries(step + 1, 0);
-      cp_async_fence();
-    }
-
-    // B7: dQ += dS K, (kTileM, kHeadDim).
+    // B7: this block's share of dQ = dS K, (kTileM, kHeadDim).
     typename Traits::MmaQ mma_q;
     auto acc_dq = partition_fragment_C(mma_q, cute::Shape<Int<kTileM>, Int<kHeadDim>>{});
     clear(acc_dq);
     gemm_ss(acc_dq, mma_q, operand<LoadMatrix>(tile_ds),
             transposed(smem_k, Transposed<typename Traits::SmemKV>{}), thread);
+
+    // B5: dV += P^T dO and B6: dK += dS^T Q, (kTileN, kHeadDim), while dQ's share is added up.
     const int turn = coord.block - visible.key_blocks(row_begin, kTileM, kTileN).begin;
+    float* dq_tile = params.dq_accum + row_block * Traits::kQElements;
     wait_for_turn(params.dq_turn, row_block, turn);
-    add_to_dq<Traits>(params.dq_accum + row_block * Traits::kQElements, acc_dq, thread);
+    gemm_ss(acc_dv, mma_kv, transposed(smem_p, Transposed<typename Traits::SmemS>{}),
+            transposed(stage_dout(stage), Transposed<typename Traits::SmemQ>{}), thread,
+            [&](int i, int count) { add_to_dq<Traits>(dq_tile, acc_dq, thread, i, 2 * count); });
+    gemm_ss(acc_dk, mma_kv, transposed(smem_ds, Transposed<typename Traits::SmemS>{}),
+            transposed(stage_q(stage), Transposed<typename Traits::SmemQ>{}), thread,
+            [&](int i, int count) {
+              add_to_dq<Traits>(dq_tile, acc_dq, thread, count + i, 2 * count);
+            });
     pass_turn(params.dq_turn, row_block, turn);
+
+    if (Traits::kStages == 1 && step + 1 < steps) {
+      __syncthreads();  // all warps are done with this Q and dO
+      load_queries(at.next(blocks), 0);
+      cp_async_fence();
+    }
+    at = at.next(blocks);
   }
 
   cp_async_wait<0>();

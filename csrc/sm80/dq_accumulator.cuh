@@ -18,16 +18,23 @@ inline constexpr int kDqVector = 4;
 inline constexpr int kDqVector = 1;
 #endif
 
+// Adds the part of the accumulators that belongs to step `step` of `steps` of the work beside which
+// the reductions are issued: all at once they would fill the memory pipe and hold up every ldmatrix
+// behind them.
 template <class Traits, class Acc>
-__device__ __forceinline__ void add_to_dq(float* tile, const Acc& acc, int thread) {
+__device__ __forceinline__ void add_to_dq(float* tile, const Acc& acc, int thread, int step,
+                                          int steps) {
+  constexpr int kGroups = decltype(size(acc))::value / kDqVector;
   CUTE_UNROLL
-  for (int i = 0; i < size(acc); i += kDqVector) {
-    float* target = tile + (i / kDqVector * Traits::kThreads + thread) * kDqVector;
+  for (int i = 0; i < kGroups; ++i) {
+    if (i * steps / kGroups != step) continue;
+    float* target = tile + (i * Traits::kThreads + thread) * kDqVector;
+    const auto value = [&](int j) { return acc(i * kDqVector + j); };
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     atomicAdd(reinterpret_cast<float4*>(target),
-              make_float4(acc(i), acc(i + 1), acc(i + 2), acc(i + 3)));
+              make_float4(value(0), value(1), value(2), value(3)));
 #else
-    atomicAdd(target, acc(i));
+    atomicAdd(target, value(0));
 #endif
   }
 }

@@ -12,7 +12,7 @@
 namespace flash_attn2::sm80 {
 
 template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, int kWarps_, bool kQInRegs_,
-          int kMinBlocks_ = 1>
+          int kStages_ = 2, int kMinBlocks_ = 1>
 struct ForwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -21,7 +21,9 @@ struct ForwardTraits {
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr bool kQInRegs = kQInRegs_;  // keep Q's fragments, or read them for each block
-  static constexpr int kStages = 2;
+  // 2: K and V of the next block are loaded during this one. 1: V during S = Q K^T, the next K during
+  // the rest; half the shared memory, for more thread blocks on a multiprocessor.
+  static constexpr int kStages = kStages_;
   static constexpr int kMinBlocks = kMinBlocks_;  // thread blocks a multiprocessor must hold
 
   using SmemQ = SmemTile<kTileM, kHeadDim>;
@@ -122,16 +124,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
                                      Traits::kKVElements), layout);
   };
 
-  // Starts the loads of key block `block` into `stage`: (kTileN, kHeadDim) each of K and V.
-  auto load_kv = [&](int block, int stage) {
+  // Starts the load of key block `block`, (kTileN, kHeadDim), of K or V.
+  auto load_keys = [&](const TensorView& view, int block, auto target) {
     const int key_begin = block * kTileN;
-    const auto load = [&](const TensorView& view, auto target) {
-      load_tile<Element, kHeadDim, Traits::kThreads>(
-          global_tile<Element, kTileN, kHeadDim>(view, tile.coord.batch, tile.head_k, key_begin),
-          target, thread, shape.seqlen_k - key_begin, shape.head_dim);
-    };
-    load(params.k, tile_k(stage, typename Traits::SmemKV{}));
-    load(params.v, tile_v(stage, typename Traits::SmemKV{}));
+    load_tile<Element, kHeadDim, Traits::kThreads>(
+        global_tile<Element, kTileN, kHeadDim>(view, tile.coord.batch, tile.head_k, key_begin),
+        target, thread, shape.seqlen_k - key_begin, shape.head_dim);
+  };
+  auto load_k = [&](int block, int stage) {
+    load_keys(params.k, block, tile_k(stage, typename Traits::SmemKV{}));
+  };
+  auto load_v = [&](int block, int stage) {
+    load_keys(params.v, block, tile_v(stage, typename Traits::SmemKV{}));
   };
 
   typename Traits::Mma mma;
@@ -145,22 +149,29 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const float scale_log2 = params.softmax_scale * kLog2e;
 
   if (tile.blocks.begin < tile.blocks.end) {
-    // F1. Q and the last key block travel together.
+    // F1. Q travels with the last key block.
     load_tile<Element, kHeadDim, Traits::kThreads>(
         global_tile<Element, kTileM, kHeadDim>(params.q, tile.coord.batch, tile.coord.head,
                                                tile.row_begin),
         tile_q, thread, shape.seqlen_q - tile.row_begin, shape.head_dim);
-    load_kv(tile.blocks.end - 1, 0);
+    load_k(tile.blocks.end - 1, 0);
+    if (Traits::kStages == 2) load_v(tile.blocks.end - 1, 0);
     cp_async_fence();
   }
 
   const auto operand_q = operand<LoadMatrix>(tile_q);
   auto fragment_q = make_tensor<Element>(partition_shape_A(mma, operand_q.extents()));
   int stage = 0;
-  for (int block = tile.blocks.end - 1; block >= tile.blocks.begin; --block, stage ^= 1) {
+  for (int block = tile.blocks.end - 1; block >= tile.blocks.begin; --block) {
+    const bool last = block == tile.blocks.begin;
     cp_async_wait<0>();
-    __syncthreads();  // this block's K and V are there; every warp is done with the other stage
-    if (block > tile.blocks.begin) load_kv(block - 1, stage ^ 1);
+    __syncthreads();  // what was loaded is there; every warp is done with the previous block
+    if constexpr (Traits::kStages == 2) {
+      if (!last) load_k(block - 1, stage ^ 1);
+      if (!last) load_v(block - 1, stage ^ 1);
+    } else {
+      load_v(block, stage);
+    }
     cp_async_fence();
     if constexpr (Traits::kQInRegs) {
       if (block == tile.blocks.end - 1) fragment_q = load_fragment_a(mma, operand_q, thread);
@@ -177,6 +188,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       gemm_ss(acc_s, mma, operand_q, operand_k, thread);
     }
 
+    if constexpr (Traits::kStages == 1) {
+      cp_async_wait<0>();
+      __syncthreads();  // V is there; every warp is done with K
+      if (!last) load_k(block - 1, stage);
+      cp_async_fence();
+    }
+
     // F3, F4, F5.
     auto scores = rows_columns(acc_s);
     if (visible.tile_needs_mask(tile.row_begin, kTileM, block * kTileN, kTileN)) {
@@ -189,6 +207,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     gemm_rs(acc_out, mma, as_operand_a(probabilities),
             operand<LoadMatrixTransposed>(tile_v(stage, Transposed<typename Traits::SmemKV>{})),
             thread);
+    if (Traits::kStages == 2) stage ^= 1;
   }
   write_output<Traits>(params, tile, smem_q, acc_out, softmax, thread);
 }

@@ -154,12 +154,17 @@ struct StreamedB {
   }
 };
 
-// acc (M, N) += A (M, K) * B (N, K)^T. `fragment_a(k)` has been loaded when step k begins;
-// `load_a(k)` is called one step ahead.
-template <class Acc, class Mma, class FragmentA, class LoadA, class OpB, class TileB>
+struct Nothing {
+  __device__ __forceinline__ void operator()(int, int) const {}
+};
+
+// acc (M, N) += A (M, K) * B (N, K)^T. Step k of K finds A's fragments in fragment_a(_, _, k), which
+// load_a(k), called one step ahead, has put there. beside(i, count), for i = 0 .. count - 1 in turn,
+// is other work, spread among the products.
+template <class Acc, class Mma, class FragmentA, class LoadA, class OpB, class TileB, class Beside>
 __device__ __forceinline__ void gemm_streamed(Acc& acc, Mma mma, const FragmentA& fragment_a,
                                               LoadA load_a, const Operand<OpB, TileB>& b,
-                                              int thread) {
+                                              int thread, Beside beside) {
   StreamedB<Mma, OpB, TileB> streamed(b.tile, thread);
   constexpr int kPairs = decltype(streamed)::kColumnPairs;
   constexpr int kSteps = decltype(streamed)::kSteps;
@@ -178,14 +183,17 @@ __device__ __forceinline__ void gemm_streamed(Acc& acc, Mma mma, const FragmentA
         gemm(mma, fragment_a(_, m, k), streamed.fragment(_, 2 * n, k), acc(_, m, 2 * n));
         gemm(mma, fragment_a(_, m, k), streamed.fragment(_, 2 * n + 1, k), acc(_, m, 2 * n + 1));
       }
+      beside(step, kPairs * kSteps);
     }
   }
 }
 
 // Both operands in shared memory.
-template <class Acc, class Mma, class OpA, class TileA, class OpB, class TileB>
+template <class Acc, class Mma, class OpA, class TileA, class OpB, class TileB,
+          class Beside = Nothing>
 __device__ __forceinline__ void gemm_ss(Acc& acc, Mma mma, const Operand<OpA, TileA>& a,
-                                        const Operand<OpB, TileB>& b, int thread) {
+                                        const Operand<OpB, TileB>& b, int thread,
+                                        Beside beside = {}) {
   using Element = typename TileA::value_type;
   using Atom = Copy_Atom<OpA, Element>;
   auto copy_a = make_tiled_copy_A(Atom{}, mma).get_thread_slice(thread);
@@ -194,14 +202,14 @@ __device__ __forceinline__ void gemm_ss(Acc& acc, Mma mma, const Operand<OpA, Ti
   auto target_a = copy_a.retile_D(fragment_a);
   gemm_streamed(
       acc, mma, fragment_a, [&](int k) { copy(Atom{}, source_a(_, _, k), target_a(_, _, k)); }, b,
-      thread);
+      thread, beside);
 }
 
 // A already in registers.
 template <class Acc, class Mma, class FragmentA, class OpB, class TileB>
 __device__ __forceinline__ void gemm_rs(Acc& acc, Mma mma, const FragmentA& fragment_a,
                                         const Operand<OpB, TileB>& b, int thread) {
-  gemm_streamed(acc, mma, fragment_a, [](int) {}, b, thread);
+  gemm_streamed(acc, mma, fragment_a, [](int) {}, b, thread, Nothing{});
 }
 
 // Reads the A fragments of a whole (M, K) tile.
@@ -247,15 +255,11 @@ __device__ __forceinline__ auto convert(const Tensor_& source) {
   return result;
 }
 
-// Accumulators, converted to Element, to a shared tile: stmatrix where the GPU has it.
+// Accumulators, converted to Element, to a shared tile. (stmatrix measures no faster here.)
 template <class Element, class Mma, class Acc, class Tile>
 __device__ __forceinline__ void store_accumulators(Mma mma, const Acc& acc, Tile&& tile,
                                                    int thread) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  using Atom = Copy_Atom<SM90_U32x4_STSM_N, Element>;
-#else
   using Atom = Copy_Atom<UniversalCopy<uint32_t>, Element>;
-#endif
   auto thr_copy = make_tiled_copy_C(Atom{}, mma).get_thread_slice(thread);
   auto values = convert<Element>(acc);
   copy(Atom{}, thr_copy.retile_S(values), thr_copy.partition_D(tile));

@@ -16,7 +16,7 @@ from ..functional import flash_attn_func
 
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 _CUDA_MAX_HEAD_DIM = 256
-_CUDA_MIN_CAPABILITY = (8, 0)
+_CUDA_MIN_MAJOR = 8
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -32,7 +32,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     * ``dropout == 0``, or evaluation mode;
     * the CPU with any floating dtype; or a GPU of compute capability 8.0 or newer with fp16 or
       bf16 (by the input's dtype or by autocast) and a head dim of at most 256;
-    * dense, non-empty inputs.
+    * dense inputs (no nested tensors).
 
     Everything else takes torch's forward, with the same answer: ``scaled_dot_product_attention``
     with a mask when ``need_weights=False`` (padding, arbitrary masks, dropout, fp32 on a GPU), an
@@ -127,7 +127,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return attn_mask.shape in (lengths, (batch * self.num_heads, *lengths))
 
     def _shapes_agree(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether the inputs are dense, non-empty and of shapes that torch accepts."""
+        """Whether the inputs are dense and of shapes that torch accepts."""
         if query.is_nested or key.is_nested or value.is_nested:
             return False
         if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
@@ -142,9 +142,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             return False
         if query.dim() == 3:
             batch_dim = 0 if self.batch_first else 1
-            if query.shape[batch_dim] != key.shape[batch_dim]:
-                return False
-        return query.numel() > 0 and key.numel() > 0
+            return query.shape[batch_dim] == key.shape[batch_dim]
+        return True
 
     def _kernels_exist(self, query: Tensor) -> bool:
         """Whether there is a kernel for query's device and the dtype that attention will see."""
@@ -158,11 +157,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         # Autocast leaves float64 alone.
         if torch.is_autocast_enabled("cuda") and dtype != torch.float64:
             dtype = torch.get_autocast_dtype("cuda")
-        return (
-            dtype in _CUDA_DTYPES
-            and self.head_dim <= _CUDA_MAX_HEAD_DIM
-            and torch.cuda.get_device_capability(device) >= _CUDA_MIN_CAPABILITY
-        )
+        if dtype not in _CUDA_DTYPES or self.head_dim > _CUDA_MAX_HEAD_DIM:
+            return False
+        # The properties, not get_device_capability: torch.compile folds them into a constant.
+        return torch.cuda.get_device_properties(device).major >= _CUDA_MIN_MAJOR
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """In-projections, each (..., heads, head_dim): one matrix product where inputs are one.

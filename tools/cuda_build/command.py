@@ -49,6 +49,8 @@ class BuildCudaExtension(build_ext):
         self.build_temp = str(ROOT / "build" / f"{sysconfig.get_platform()}-{_python_tag()}")
 
     def run(self) -> None:
+        if not self.distribution.ext_modules:  # FLASH_ATTN2_CUDA=0
+            return
         with limits.BuildMonitor() as monitor:
             kernels = self._build()
         jobs = os.environ["MAX_JOBS"]

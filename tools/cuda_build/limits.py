@@ -12,11 +12,11 @@ from types import TracebackType
 from .settings import BuildError
 
 GIB = 1024**3
-JOB_BYTES = 3 * GIB  # what one nvcc of the largest instance file may need
+JOB_BYTES = 4 * GIB  # what nvcc may need for the largest instance file
 
 
 def job_count(environ: Mapping[str, str], cores: int, free_bytes: int) -> int:
-    """Compilers to run at once: MAX_JOBS if set, else one per core and per 3 GiB free."""
+    """Compilers to run at once: MAX_JOBS if set, else one per core and per JOB_BYTES free."""
     asked = environ.get("MAX_JOBS", "").strip()
     if asked:
         if not asked.isdigit() or int(asked) < 1:

@@ -109,7 +109,9 @@ def check(
     major = torch_cuda.split(".")[0]
     if toolkit is None:
         asked = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
-        looked = f"CUDA_HOME={asked}, which stops the search there" if asked else "CUDA_HOME, PATH, /usr/local/cuda"
+        looked = "CUDA_HOME, PATH, /usr/local/cuda"
+        if asked:
+            looked = f"CUDA_HOME={asked} and, as that is set, nowhere else"
         raise BuildError(
             f"no nvcc found (looked at {looked}). torch {torch_version} is built for CUDA "
             f"{torch_cuda}: install a CUDA {major} toolkit and type:\n"

@@ -1,0 +1,121 @@
+"""The backward kernels: accuracy beside torch's FLASH_ATTENTION backend, and every tile edge.
+
+test_attention.py runs what is common to both devices; here are the tests that need a GPU.
+"""
+
+import pytest
+import torch
+from cases import (
+    EDGE_LENGTHS,
+    HALF_DTYPES,
+    HEAD_DIMS,
+    YARDSTICK_HEAD_DIMS,
+    Case,
+    random_inputs,
+)
+from numerics import assert_result, fp64_result, relative_error, run_op, torch_flash
+
+pytestmark = pytest.mark.gpu
+
+YARDSTICK_LENGTHS = ((1024, 1024), (512, 1200), (1200, 512))
+
+
+def check(case: Case, dtype: torch.dtype, **arguments) -> None:
+    inputs = random_inputs(case, dtype, "cuda")
+    got = run_op(inputs, case.softmax_scale, case.window, **arguments)
+    try:
+        assert_result(got, inputs, case)
+    except AssertionError as error:
+        raise AssertionError(f"{case} {dtype} {arguments}: {error}") from None
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("lengths", YARDSTICK_LENGTHS, ids=str)
+@pytest.mark.parametrize("head_dim", YARDSTICK_HEAD_DIMS)
+def test_error_is_at_most_1_05_of_torch_flash(head_dim, lengths, mask, dtype, deterministic):
+    case = Case(*lengths, 8, 8, head_dim=head_dim, mask=mask)
+    inputs = random_inputs(case, dtype, "cuda")
+    got = run_op(
+        inputs, case.softmax_scale, case.window, with_dlse=False, deterministic=deterministic
+    )
+    q, k, v, dout, _ = inputs
+    peer, _ = torch_flash(q, k, v, case.softmax_scale, causal=mask == "causal")
+    peer_grads = torch.autograd.grad(peer, (q, k, v), dout)
+    ref = fp64_result(inputs, case.softmax_scale, case.window, with_dlse=False)
+    for name, theirs in zip(("dq", "dk", "dv"), peer_grads, strict=True):
+        expected = getattr(ref, name)
+        ours, peers = relative_error(getattr(got, name), expected), relative_error(theirs, expected)
+        assert ours <= 1.05 * peers, f"{name}: error {ours:.4g}, torch's {peers:.4g}"
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+@pytest.mark.parametrize("seqlen_q", EDGE_LENGTHS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_lengths(head_dim, seqlen_q, mask):
+    for seqlen_k in EDGE_LENGTHS:
+        case = Case(seqlen_q, seqlen_k, head_dim=head_dim, mask=mask).with_enough_rows()
+        check(case, torch.bfloat16, deterministic=seqlen_k % 2 == 0)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 16, 24, 32, 88, 104, 136, 200, 248])
+def test_head_dims(head_dim, dtype):
+    """Also those between the buckets, whose last columns a kernel has to leave alone."""
+    for mask in ("full", "causal"):
+        check(Case(200, 300, 4, 2, head_dim=head_dim, mask=mask), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1), (12, 4), (71, 1)], ids=str)
+def test_groups_of_heads(heads, deterministic, dtype):
+    for mask in ("full", "causal"):
+        check(Case(300, 500, *heads, mask=mask), dtype, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_deterministic_over_100_runs(head_dim):
+    """Ten column blocks and more add to each row of dq; the order must not show."""
+    case = Case(1300, 1400, 8, 2, head_dim=head_dim, mask="causal")
+    inputs = random_inputs(case, torch.bfloat16, "cuda")
+    q, k, v, dout, dlse = (x.detach() for x in inputs)
+    out, lse = torch.ops.flash_attn2.forward(q, k, v, case.softmax_scale, *case.window)
+
+    def run(deterministic):
+        return torch.ops.flash_attn2.backward(
+            dout, q, k, v, out, lse, dlse, case.softmax_scale, *case.window, deterministic
+        )
+
+    first = run(True)
+    for _ in range(100):
+        assert all(torch.equal(x, y) for x, y in zip(run(True), first, strict=True))
+    _, dk, dv = run(False)
+    for _ in range(20):
+        _, dk_again, dv_again = run(False)
+        assert torch.equal(dk, dk_again) and torch.equal(dv, dv_again)
+
+
+def test_neighbours_of_a_padded_head_dim_are_not_read():
+    """d = 72 inside rows of 128: the other 56 columns of all inputs are NaN."""
+    case = Case(150, 150, head_dim=72)
+    wide = [torch.full((2, 150, 2, 128), torch.nan, device="cuda").half() for _ in range(4)]
+    for x in wide:
+        x[..., :72] = torch.randn(2, 150, 2, 72, device="cuda")
+    q, k, v = (x[..., :72].requires_grad_() for x in wide[:3])
+    inputs = random_inputs(case, torch.float16, "cuda")
+    inputs = inputs._replace(q=q, k=k, v=v, dout=wide[3][..., :72])
+    assert_result(run_op(inputs, case.softmax_scale), inputs, case)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_long_sequence(mask):
+    case = Case(8192, 900, 1, 1, head_dim=128, batch=1, mask=mask)
+    check(case, torch.bfloat16)
+    check(Case(900, 8192, 1, 1, head_dim=128, batch=1, mask=mask), torch.bfloat16)
+
+
+def test_many_heads_and_batches():
+    """batch * heads past 65535, the limit of a grid's second and third dimension."""
+    check(Case(17, 19, 1024, 256, head_dim=32, batch=70), torch.float16)

@@ -1,0 +1,134 @@
+"""The forward kernels: accuracy beside torch's FLASH_ATTENTION backend, and every tile edge.
+
+test_attention.py runs what is common to both devices; here are the tests that need a GPU.
+"""
+
+import pytest
+import torch
+from cases import (
+    EDGE_LENGTHS,
+    HALF_DTYPES,
+    HEAD_DIMS,
+    YARDSTICK_HEAD_DIMS,
+    Case,
+    random_inputs,
+)
+from numerics import (
+    assert_lse_near,
+    assert_near,
+    plain_attention,
+    poisoned,
+    relative_error,
+    rounded_result,
+    torch_flash,
+)
+
+pytestmark = pytest.mark.gpu
+
+YARDSTICK_LENGTHS = ((1024, 1024), (512, 1200), (1200, 512))
+
+
+def run_forward(inputs, case):
+    with torch.no_grad(), poisoned(inputs.q.device):
+        return torch.ops.flash_attn2.forward(*inputs[:3], case.softmax_scale, *case.window)
+
+
+def fp64_forward(inputs, case):
+    with torch.no_grad():
+        q, k, v = (x.double() for x in inputs[:3])
+        return plain_attention(q, k, v, case.softmax_scale, case.window)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("lengths", YARDSTICK_LENGTHS, ids=str)
+@pytest.mark.parametrize("head_dim", YARDSTICK_HEAD_DIMS)
+def test_error_is_at_most_1_05_of_torch_flash(head_dim, lengths, mask, dtype):
+    case = Case(*lengths, 8, 8, head_dim=head_dim, mask=mask)
+    inputs = random_inputs(case, dtype, "cuda")
+    out, lse = run_forward(inputs, case)
+    peer, _ = torch_flash(*inputs[:3], case.softmax_scale, causal=mask == "causal")
+    ref, ref_lse = fp64_forward(inputs, case)
+    ours, theirs = relative_error(out, ref), relative_error(peer, ref)
+    assert ours <= 1.05 * theirs, f"out: error {ours:.4g}, torch's {theirs:.4g}"
+    assert_lse_near(lse, ref_lse)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+@pytest.mark.parametrize("seqlen_q", EDGE_LENGTHS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_lengths(head_dim, seqlen_q, mask):
+    for seqlen_k in EDGE_LENGTHS:
+        case = Case(seqlen_q, seqlen_k, head_dim=head_dim, mask=mask).with_enough_rows()
+        inputs = random_inputs(case, torch.bfloat16, "cuda")
+        out, lse = run_forward(inputs, case)
+        ref, ref_lse = fp64_forward(inputs, case)
+        rounded = rounded_result(inputs, case.softmax_scale, case.window)
+        assert_near(out, ref, rounded.out, f"{case}: out")
+        assert_lse_near(lse, ref_lse)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 16, 24, 32, 88, 104, 136, 200, 248])
+def test_head_dims(head_dim, dtype):
+    """Also those between the buckets, whose last columns a kernel has to leave alone."""
+    for mask in ("full", "causal"):
+        case = Case(200, 300, 4, 2, head_dim=head_dim, mask=mask)
+        inputs = random_inputs(case, dtype, "cuda")
+        out, lse = run_forward(inputs, case)
+        ref, ref_lse = fp64_forward(inputs, case)
+        rounded = rounded_result(inputs, case.softmax_scale, case.window)
+        assert_near(out, ref, rounded.out, f"{case}: out")
+        assert_lse_near(lse, ref_lse)
+
+
+def test_neighbours_of_a_padded_head_dim_are_not_read():
+    """d = 72 inside rows of 128: the other 56 columns are NaN."""
+    case = Case(150, 150, head_dim=72)
+    wide = [torch.full((2, 150, 2, 128), torch.nan, device="cuda").half() for _ in "qkv"]
+    for x in wide:
+        x[..., :72] = torch.randn(2, 150, 2, 72, device="cuda")
+    inputs = random_inputs(case, torch.float16, "cuda")
+    inputs = inputs._replace(**{n: x[..., :72] for n, x in zip("qkv", wide, strict=True)})
+    out, lse = run_forward(inputs, case)
+    ref, ref_lse = fp64_forward(inputs, case)
+    assert relative_error(out, ref) < 1e-3
+    assert_lse_near(lse, ref_lse)
+
+
+def test_rows_beyond_the_sequence_are_not_read():
+    """Lengths cut out of a longer buffer, whose other rows are NaN."""
+    case = Case(70, 100)
+    buffers = [torch.full((2, 300, 2, 64), torch.nan, device="cuda").half() for _ in "qkv"]
+    views = [x[:, :n] for x, n in zip(buffers, (70, 100, 100), strict=True)]
+    for x in views:
+        x.copy_(torch.randn_like(x))
+    inputs = random_inputs(case, torch.float16, "cuda")._replace(q=views[0], k=views[1], v=views[2])
+    out, lse = run_forward(inputs, case)
+    ref, ref_lse = fp64_forward(inputs, case)
+    assert relative_error(out, ref) < 1e-3
+    assert_lse_near(lse, ref_lse)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_long_sequence(mask):
+    """Many blocks: the running maximum and sum are rescaled 16k / 64 times."""
+    case = Case(500, 16_384, 1, 1, head_dim=128, batch=1, mask=mask)
+    inputs = random_inputs(case, torch.bfloat16, "cuda")
+    with torch.no_grad():
+        inputs.k.mul_(torch.linspace(0.1, 2, 16_384, device="cuda")[:, None, None])
+    out, lse = run_forward(inputs, case)
+    ref, ref_lse = fp64_forward(inputs, case)
+    rounded = rounded_result(inputs, case.softmax_scale, case.window)
+    assert_near(out, ref, rounded.out, "out")
+    assert_lse_near(lse, ref_lse)
+
+
+def test_many_heads_and_batches():
+    """batch * heads past 65535, the limit of a grid's second and third dimension."""
+    case = Case(17, 19, 1024, 256, head_dim=32, batch=70)
+    inputs = random_inputs(case, torch.float16, "cuda")
+    out, lse = run_forward(inputs, case)
+    ref, ref_lse = fp64_forward(inputs, case)
+    assert relative_error(out, ref) < 1e-3
+    assert_lse_near(lse, ref_lse)
