@@ -77,13 +77,15 @@ class _Tiling(NamedTuple):
             end = min(end, k1 - self.shift + self.window_left)
         return _blocks(begin // self.block_q * self.block_q, end, self.block_q, self.seqlen_q)
 
-    def hidden(self, q0: int, q1: int, k0: int, k1: int) -> Tensor | None:
+    def hidden(self, q0: int, q1: int, k0: int, k1: int, device=None) -> Tensor | None:
         """Bool (q1 - q0, k1 - k0), True where masked; None for a tile that is wholly visible."""
         left = self.window_left >= 0 and k0 < q1 - 1 + self.shift - self.window_left
         right = self.window_right >= 0 and k1 - 1 > q0 + self.shift + self.window_right
         if not (left or right):
             return None
-        offset = torch.arange(k0, k1) - torch.arange(q0, q1)[:, None] - self.shift  # j - p
+        j = torch.arange(k0, k1, device=device)
+        p = torch.arange(q0, q1, device=device)[:, None] + self.shift
+        offset = j - p
         hidden = torch.zeros_like(offset, dtype=torch.bool)
         if left:
             hidden |= offset < -self.window_left
@@ -194,7 +196,7 @@ def forward(
         m = qg.new_full((n, rows, 1), -math.inf)
         l = qg.new_zeros(n, rows, 1)  # noqa: E741 (the paper's letter)
         for k0, k1 in tiling.k_blocks_of(q0, q1):
-            hidden = tiling.hidden(q0, q1, k0, k1)
+            hidden = tiling.hidden(q0, q1, k0, k1, q.device)
             s = _scores(scratch, q_tile, kg[:, k0:k1], softmax_scale, hidden)  # F2, F3
             m_new = torch.maximum(m, s.amax(-1, keepdim=True))
             # A row that has seen no key yet subtracts 0 and not -inf, so that its P is 0, not NaN.
@@ -265,7 +267,7 @@ def backward(
             rows = (q1 - q0) * g
             q_tile = qg[:, q0:q1].view(n, rows, d)
             do_tile = dog[:, q0:q1].view(n, rows, d)
-            hidden = tiling.hidden(q0, q1, k0, k1)
+            hidden = tiling.hidden(q0, q1, k0, k1, q.device)
             s = _scores(scratch_s, q_tile, k_tile, softmax_scale, hidden)
             p = s.sub_(lse_g[:, q0:q1].view(n, rows, 1)).exp2_()  # B2
             dp = scratch_dp.tile(n, rows, k1 - k0)

@@ -109,6 +109,14 @@ def test_large_length_with_a_window():
     torch.testing.assert_close(dq[:, -16:], dq_tail)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """The algorithm is plain PyTorch: as an oracle it runs where the kernels do."""
+    case = Case(300, 280, 4, 2, head_dim=48, mask="window")
+    inputs = random_inputs(case, torch.float64, "cuda")
+    assert_result(run_reference(inputs, case), inputs, case)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
 def test_any_scale(scale):
     class Scaled(Case):

@@ -72,8 +72,10 @@ __global__ void __launch_bounds__(kThreads)
   if (valid) {
     const int64_t source = int64_t(head_row) * shape.seqlen_q + row;
     const float lse = bwd.lse[source];
-    if (lse != -INFINITY) lse_log2 = lse * kLog2e;
-    delta = dot - (bwd.dlse == nullptr ? 0.f : bwd.dlse[source]);
+    if (lse != -INFINITY) {
+      lse_log2 = lse * kLog2e;
+      delta = dot - (bwd.dlse == nullptr ? 0.f : bwd.dlse[source]);
+    }
   }
   bwd.lse_log2[row_index] = lse_log2;
   bwd.delta[row_index] = delta;

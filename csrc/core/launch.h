@@ -22,9 +22,9 @@ void launch(void (*kernel)(Params), int64_t grid, int threads, int smem_bytes, c
             const Params& params, const char* what) {
   if (grid == 0) return;
   if (smem_bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    smem_bytes),
-               what);
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
+        what);
   }
   kernel<<<dim3(unsigned(grid)), dim3(unsigned(threads)), size_t(smem_bytes), stream>>>(params);
   check_cuda(cudaGetLastError(), what);

@@ -8,6 +8,25 @@ namespace flash_attn2 {
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
+// How raw scores q k become exponents of two: exponent = log2 * score, a factor that is folded into
+// the exponential. Maximum and mask want a positive factor; where the caller's scale is zero or
+// negative, prepare() multiplies the scores by it beforehand and the factor is one.
+struct ScoreScale {
+  float log2;
+  float beforehand;
+
+  __device__ __forceinline__ explicit ScoreScale(float softmax_scale)
+      : log2(softmax_scale > 0.f ? softmax_scale * kLog2e : 1.f),
+        beforehand(softmax_scale > 0.f ? 1.f : softmax_scale * kLog2e) {}
+
+  template <class Acc>
+  __device__ __forceinline__ void prepare(Acc& scores) const {
+    if (beforehand == 1.f) return;
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) scores(i) *= beforehand;
+  }
+};
+
 // The four threads of a quad share the rows of an mma.sync accumulator.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -69,12 +88,12 @@ struct OnlineSoftmax {
 
   // F7: the factor 1 / l of every row (0 for a row without keys) and its log-sum-exp.
   __device__ __forceinline__ void finish(float (&inverse_sum)[kRows], float (&lse)[kRows],
-                                         float softmax_scale) {
+                                         float scale_log2) {
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const float total = quad_sum(sum[i]);
       inverse_sum[i] = total == 0.f ? 0.f : 1.f / total;
-      lse[i] = total == 0.f ? -INFINITY : max[i] * softmax_scale + logf(total);
+      lse[i] = total == 0.f ? -INFINITY : (max[i] * scale_log2 + log2f(total)) * kLn2;
     }
   }
 
@@ -86,8 +105,7 @@ struct OnlineSoftmax {
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       // new_max == max covers -inf == -inf, where the difference would be NaN.
-      const float factor =
-          new_max[i] == max[i] ? 1.f : exp2f((max[i] - new_max[i]) * scale_log2);
+      const float factor = new_max[i] == max[i] ? 1.f : exp2f((max[i] - new_max[i]) * scale_log2);
       max[i] = new_max[i];
       sum[i] *= factor;
       CUTE_UNROLL

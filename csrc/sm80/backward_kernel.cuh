@@ -12,11 +12,12 @@
 
 namespace flash_attn2::sm80 {
 
-// kWarpsRowsS x (kWarps / kWarpsRowsS) warps share S and dP (kTileM x kTileN), likewise kWarpsRowsKV
-// of them the keys of dK and dV (kTileN x kHeadDim) and kWarpsRowsQ the rows of dQ (kTileM x
-// kHeadDim). The squarer a warp's share, the fewer bytes it reads from shared memory per product.
+// kWarpsRowsS x (kWarps / kWarpsRowsS) warps share S and dP (kTileM x kTileN), likewise
+// kWarpsRowsKV of them the keys of dK and dV (kTileN x kHeadDim) and kWarpsRowsQ the rows of dQ
+// (kTileM x kHeadDim). The squarer a warp's share, the fewer bytes it reads from shared memory per
+// product.
 template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, int kWarps_, int kWarpsRowsS,
-          int kWarpsRowsKV, int kWarpsRowsQ, int kStages_, int kMinBlocks_ = 1>
+          int kWarpsRowsKV, int kWarpsRowsQ, int kStages_, int kScoreSplits_ = 1>
 struct BackwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -24,7 +25,7 @@ struct BackwardTraits {
   static constexpr int kTileN = kTileN_;
   static constexpr int kThreads = 32 * kWarps_;
   static constexpr int kStages = kStages_;  // of Q and dO: 2 overlaps their loads with the products
-  static constexpr int kMinBlocks = kMinBlocks_;
+  static constexpr int kScoreSplits = kScoreSplits_;  // S and dP are made in this many column parts
 
   using MmaS = typename WarpMma<Element, kWarpsRowsS, kWarps_ / kWarpsRowsS>::Type;
   using MmaKV = typename WarpMma<Element, kWarpsRowsKV, kWarps_ / kWarpsRowsKV>::Type;
@@ -37,11 +38,12 @@ struct BackwardTraits {
   static constexpr int kQElements = kTileM * kHeadDim;
   static constexpr int kKVElements = kTileN * kHeadDim;
   static constexpr int kSElements = kTileM * kTileN;
-  static constexpr int kSmemBytes = (2 * kKVElements + kStages * 2 * kQElements + 2 * kSElements) *
-                                    int(sizeof(Element));
+  static constexpr int kSmemBytes =
+      (2 * kKVElements + kStages * 2 * kQElements + 2 * kSElements) * int(sizeof(Element));
 };
 
-// A step of a thread block's walk: all query blocks of the first head of the group, then of the next.
+// A step of a thread block's walk: all query blocks of the first head of the group, then of the
+// next.
 struct QueryStep {
   int head, block;
 
@@ -50,8 +52,8 @@ struct QueryStep {
   }
 };
 
-// The thread block's place in the grid. Where dQ is summed in a fixed order, blocks draw their place
-// from a counter instead: a block then only ever waits for blocks that have already started.
+// The thread block's place in the grid. Where dQ is summed in a fixed order, blocks draw their
+// place from a counter instead: a block then only ever waits for blocks that have already started.
 __device__ __forceinline__ int64_t backward_index(const BackwardParams& params, int* drawn) {
   if (params.ticket == nullptr) return blockIdx.x;
   if (threadIdx.x == 0) *drawn = atomicAdd(params.ticket, 1);
@@ -61,16 +63,19 @@ __device__ __forceinline__ int64_t backward_index(const BackwardParams& params, 
   return index;
 }
 
-// B2 to B4 of one (query block, key block) pair: P and dS, (kTileM, kTileN), to shared memory.
+// B2 to B4 of one (query block, key block) pair: P and dS, (kTileM, kTileN), to shared memory. In
+// kScoreSplits parts of the columns, one after the other, where registers would not hold all of S
+// and dP beside dK and dV.
 template <class Traits, class TileQ, class TileKV, class TileS>
 __device__ __forceinline__ void score_gradients(const BackwardParams& params,
                                                 const VisibleKeys& visible, const float* lse_log2,
                                                 const float* delta, int row_begin, int key_begin,
-                                                const TileQ& q, const TileQ& dout,
-                                                const TileKV& k, const TileKV& v, TileS& p,
-                                                TileS& ds, int thread) {
+                                                const TileQ& q, const TileQ& dout, const TileKV& k,
+                                                const TileKV& v, TileS& p, TileS& ds, int thread) {
   using Element = typename Traits::Element;
-  using ScoreExtents = cute::Shape<Int<Traits::kTileM>, Int<Traits::kTileN>>;
+  constexpr int kColumns = Traits::kTileN / Traits::kScoreSplits;
+  using ScoreExtents = cute::Shape<Int<Traits::kTileM>, Int<kColumns>>;
+  using KeyExtents = cute::Shape<Int<kColumns>, Int<Traits::kHeadDim>>;
   typename Traits::MmaS mma;
   auto coords =
       rows_columns(mma.get_thread_slice(thread).partition_C(make_identity_tensor(ScoreExtents{})));
@@ -81,36 +86,45 @@ __device__ __forceinline__ void score_gradients(const BackwardParams& params,
     row_lse[i] = lse_log2[get<0>(coords(i, 0))];
     row_delta[i] = delta[get<0>(coords(i, 0))];
   }
+  const ScoreScale scale(params.softmax_scale);
 
-  auto acc_s = partition_fragment_C(mma, ScoreExtents{});
-  clear(acc_s);
-  gemm_ss(acc_s, mma, operand<LoadMatrix>(q), operand<LoadMatrix>(k), thread);  // B2
-  auto scores = rows_columns(acc_s);
-  if (visible.tile_needs_mask(row_begin, Traits::kTileM, key_begin, Traits::kTileN)) {
-    apply_mask(scores, coords, visible, row_begin, key_begin);
-  }
-  const float scale_log2 = params.softmax_scale * kLog2e;
   CUTE_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    CUTE_UNROLL
-    for (int j = 0; j < size<1>(scores); ++j) {
-      scores(i, j) = exp2f(scores(i, j) * scale_log2 - row_lse[i]);
+  for (int part = 0; part < Traits::kScoreSplits; ++part) {
+    auto acc_s = partition_fragment_C(mma, ScoreExtents{});
+    clear(acc_s);
+    gemm_ss(acc_s, mma, operand<LoadMatrix>(q),
+            operand<LoadMatrix>(local_tile(k, KeyExtents{}, make_coord(part, 0))), thread);  // B2
+    scale.prepare(acc_s);
+    auto scores = rows_columns(acc_s);
+    const int part_begin = key_begin + part * kColumns;
+    if (visible.tile_needs_mask(row_begin, Traits::kTileM, part_begin, kColumns)) {
+      apply_mask(scores, coords, visible, row_begin, part_begin);
     }
-  }
-  store_accumulators<Element>(mma, acc_s, p, thread);
+    CUTE_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      CUTE_UNROLL
+      for (int j = 0; j < size<1>(scores); ++j) {
+        scores(i, j) = exp2f(scores(i, j) * scale.log2 - row_lse[i]);
+      }
+    }
+    store_accumulators<Element>(mma, acc_s, local_tile(p, ScoreExtents{}, make_coord(0, part)),
+                                thread);
 
-  auto acc_dp = partition_fragment_C(mma, ScoreExtents{});
-  clear(acc_dp);
-  gemm_ss(acc_dp, mma, operand<LoadMatrix>(dout), operand<LoadMatrix>(v), thread);  // B3
-  auto dscores = rows_columns(acc_dp);
-  CUTE_UNROLL
-  for (int i = 0; i < kRows; ++i) {  // B4
+    auto acc_dp = partition_fragment_C(mma, ScoreExtents{});
+    clear(acc_dp);
+    gemm_ss(acc_dp, mma, operand<LoadMatrix>(dout),
+            operand<LoadMatrix>(local_tile(v, KeyExtents{}, make_coord(part, 0))), thread);  // B3
+    auto dscores = rows_columns(acc_dp);
     CUTE_UNROLL
-    for (int j = 0; j < size<1>(scores); ++j) {
-      dscores(i, j) = scores(i, j) * (dscores(i, j) - row_delta[i]);
+    for (int i = 0; i < kRows; ++i) {  // B4
+      CUTE_UNROLL
+      for (int j = 0; j < size<1>(scores); ++j) {
+        dscores(i, j) = scores(i, j) * (dscores(i, j) - row_delta[i]);
+      }
     }
+    store_accumulators<Element>(mma, acc_dp, local_tile(ds, ScoreExtents{}, make_coord(0, part)),
+                                thread);
   }
-  store_accumulators<Element>(mma, acc_dp, ds, thread);
 }
 
 // B8: one of dK, dV, through the shared memory that held K, V.
@@ -134,7 +148,7 @@ __device__ __forceinline__ void write_key_gradient(const BackwardParams& params,
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+__global__ void __launch_bounds__(Traits::kThreads)
     backward_kernel(const __grid_constant__ BackwardParams params) {
   using Element = typename Traits::Element;
   constexpr int kTileM = Traits::kTileM, kTileN = Traits::kTileN, kHeadDim = Traits::kHeadDim;
@@ -144,7 +158,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const VisibleKeys visible(shape, params.window);
 
   const TileCoord coord =  // head: the KV head
-      backward_tile(backward_index(params, reinterpret_cast<int*>(smem)), ceil_div(shape.seqlen_k, kTileN), shape.heads_k);
+      backward_tile(backward_index(params, reinterpret_cast<int*>(smem)),
+                    ceil_div(shape.seqlen_k, kTileN), shape.heads_k);
   const int key_begin = coord.block * kTileN;
   const int group = shape.heads_q / shape.heads_k;
   const BlockRange blocks = visible.query_blocks(key_begin, kTileM, kTileN);
@@ -223,20 +238,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     gemm_ss(acc_dq, mma_q, operand<LoadMatrix>(tile_ds),
             transposed(smem_k, Transposed<typename Traits::SmemKV>{}), thread);
 
-    // B5: dV += P^T dO and B6: dK += dS^T Q, (kTileN, kHeadDim), while dQ's share is added up.
     const int turn = coord.block - visible.key_blocks(row_begin, kTileM, kTileN).begin;
-    float* dq_tile = params.dq_accum + row_block * Traits::kQElements;
     wait_for_turn(params.dq_turn, row_block, turn);
-    gemm_ss(acc_dv, mma_kv, transposed(smem_p, Transposed<typename Traits::SmemS>{}),
-            transposed(stage_dout(stage), Transposed<typename Traits::SmemQ>{}), thread,
-            [&](int i, int count) { add_to_dq<Traits>(dq_tile, acc_dq, thread, i, 2 * count); });
-    gemm_ss(acc_dk, mma_kv, transposed(smem_ds, Transposed<typename Traits::SmemS>{}),
-            transposed(stage_q(stage), Transposed<typename Traits::SmemQ>{}), thread,
-            [&](int i, int count) {
-              add_to_dq<Traits>(dq_tile, acc_dq, thread, count + i, 2 * count);
-            });
+    add_to_dq<Traits>(params.dq_accum + row_block * Traits::kQElements, acc_dq, thread);
     pass_turn(params.dq_turn, row_block, turn);
 
+    // B5: dV += P^T dO and B6: dK += dS^T Q, (kTileN, kHeadDim). They come after dQ so that its
+    // reductions are on their way while the tensor cores work.
+    gemm_ss(acc_dv, mma_kv, transposed(smem_p, Transposed<typename Traits::SmemS>{}),
+            transposed(stage_dout(stage), Transposed<typename Traits::SmemQ>{}), thread);
+    gemm_ss(acc_dk, mma_kv, transposed(smem_ds, Transposed<typename Traits::SmemS>{}),
+            transposed(stage_q(stage), Transposed<typename Traits::SmemQ>{}), thread);
     if (Traits::kStages == 1 && step + 1 < steps) {
       __syncthreads();  // all warps are done with this Q and dO
       load_queries(at.next(blocks), 0);

@@ -21,8 +21,8 @@ struct ForwardTraits {
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr bool kQInRegs = kQInRegs_;  // keep Q's fragments, or read them for each block
-  // 2: K and V of the next block are loaded during this one. 1: V during S = Q K^T, the next K during
-  // the rest; half the shared memory, for more thread blocks on a multiprocessor.
+  // 2: K and V of the next block are loaded during this one. 1: V during S = Q K^T, the next K
+  // during the rest; half the shared memory, for more thread blocks on a multiprocessor.
   static constexpr int kStages = kStages_;
   static constexpr int kMinBlocks = kMinBlocks_;  // thread blocks a multiprocessor must hold
 
@@ -30,12 +30,11 @@ struct ForwardTraits {
   using SmemKV = SmemTile<kTileN, kHeadDim>;
   using Mma = typename WarpMma<Element, kWarps, 1>::Type;
 
-  // Shared memory: Q (the output's staging tile later), then stages of K and V side by side, so that
-  // one address serves both.
+  // Shared memory: Q (the output's staging tile later), then stages of K and V side by side, so
+  // that one address serves both.
   static constexpr int kQElements = kTileM * kHeadDim;
   static constexpr int kKVElements = kTileN * kHeadDim;
-  static constexpr int kSmemBytes =
-      (kQElements + 2 * kStages * kKVElements) * int(sizeof(Element));
+  static constexpr int kSmemBytes = (kQElements + 2 * kStages * kKVElements) * int(sizeof(Element));
 };
 
 // What one thread block works on.
@@ -50,9 +49,8 @@ template <class Traits>
 __device__ __forceinline__ ForwardTile forward_tile_of_block(const ForwardParams& params,
                                                              const VisibleKeys& visible) {
   const AttentionShape& shape = params.shape;
-  const TileCoord coord =
-      forward_tile(blockIdx.x, ceil_div(shape.seqlen_q, Traits::kTileM), shape.heads_q,
-                   shape.batch, params.heads_per_group);
+  const TileCoord coord = forward_tile(blockIdx.x, ceil_div(shape.seqlen_q, Traits::kTileM),
+                                       shape.heads_q, shape.batch, params.heads_per_group);
   const int row_begin = coord.block * Traits::kTileM;
   return {coord, coord.head / (shape.heads_q / shape.heads_k), row_begin,
           visible.key_blocks(row_begin, Traits::kTileM, Traits::kTileN)};
@@ -67,7 +65,7 @@ __device__ __forceinline__ void write_output(const ForwardParams& params, const 
   using Element = typename Traits::Element;
   typename Traits::Mma mma;
   float inverse_sum[kRows], lse[kRows];
-  softmax.finish(inverse_sum, lse, params.softmax_scale);
+  softmax.finish(inverse_sum, lse, ScoreScale(params.softmax_scale).log2);
   auto out = rows_columns(acc_out);
   CUTE_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -79,10 +77,9 @@ __device__ __forceinline__ void write_output(const ForwardParams& params, const 
   const int rows = shape.seqlen_q - tile.row_begin;
   auto coords = rows_columns(mma.get_thread_slice(thread).partition_C(
       make_identity_tensor(cute::Shape<Int<Traits::kTileM>, Int<Traits::kHeadDim>>{})));
-  float* lse_tile =
-      params.lse +
-      (int64_t(tile.coord.batch) * shape.heads_q + tile.coord.head) * shape.seqlen_q +
-      tile.row_begin;
+  float* lse_tile = params.lse +
+                    (int64_t(tile.coord.batch) * shape.heads_q + tile.coord.head) * shape.seqlen_q +
+                    tile.row_begin;
   if (thread % 4 == 0) {  // one thread of each quad
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -97,8 +94,8 @@ __device__ __forceinline__ void write_output(const ForwardParams& params, const 
   __syncthreads();
   store_tile<Element, Traits::kHeadDim, Traits::kThreads>(
       smem_out,
-      global_tile<Element, Traits::kTileM, Traits::kHeadDim>(
-          params.out, tile.coord.batch, tile.coord.head, tile.row_begin),
+      global_tile<Element, Traits::kTileM, Traits::kHeadDim>(params.out, tile.coord.batch,
+                                                             tile.coord.head, tile.row_begin),
       thread, rows, shape.head_dim);
 }
 
@@ -120,8 +117,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     return make_tensor(make_smem_ptr(smem_kv + stage * 2 * Traits::kKVElements), layout);
   };
   auto tile_v = [&](int stage, auto layout) {
-    return make_tensor(make_smem_ptr(smem_kv + stage * 2 * Traits::kKVElements +
-                                     Traits::kKVElements), layout);
+    return make_tensor(
+        make_smem_ptr(smem_kv + stage * 2 * Traits::kKVElements + Traits::kKVElements), layout);
   };
 
   // Starts the load of key block `block`, (kTileN, kHeadDim), of K or V.
@@ -146,7 +143,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   OnlineSoftmax<kRows> softmax;
   auto coords = rows_columns(mma.get_thread_slice(thread).partition_C(
       make_identity_tensor(cute::Shape<Int<kTileM>, Int<kTileN>>{})));
-  const float scale_log2 = params.softmax_scale * kLog2e;
+  const ScoreScale scale(params.softmax_scale);
 
   if (tile.blocks.begin < tile.blocks.end) {
     // F1. Q travels with the last key block.
@@ -180,8 +177,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     // F2: S = Q K^T, (kTileM, kTileN) in registers.
     auto acc_s = partition_fragment_C(mma, cute::Shape<Int<kTileM>, Int<kTileN>>{});
     clear(acc_s);
-    const auto operand_k =
-        operand<LoadMatrix>(tile_k(stage, typename Traits::SmemKV{}));
+    const auto operand_k = operand<LoadMatrix>(tile_k(stage, typename Traits::SmemKV{}));
     if constexpr (Traits::kQInRegs) {
       gemm_rs(acc_s, mma, fragment_q, operand_k, thread);
     } else {
@@ -196,11 +192,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     }
 
     // F3, F4, F5.
+    scale.prepare(acc_s);
     auto scores = rows_columns(acc_s);
     if (visible.tile_needs_mask(tile.row_begin, kTileM, block * kTileN, kTileN)) {
       apply_mask(scores, coords, visible, tile.row_begin, block * kTileN);
     }
-    softmax.update(scores, out_rows, scale_log2);
+    softmax.update(scores, out_rows, scale.log2);
 
     // F6: O += P V; P's accumulators are the A operand as they lie.
     const auto probabilities = convert<Element>(acc_s);

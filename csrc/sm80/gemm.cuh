@@ -20,8 +20,9 @@ using namespace cute;
 template <int kColumns>
 struct SwizzledAtom {
   static constexpr int kWidth = kColumns % 64 == 0 ? 64 : 32;
-  using Type = decltype(composition(Swizzle<(kWidth == 64 ? 3 : 2), 3, 3>{},
-                                    Layout<cute::Shape<_8, Int<kWidth>>, Stride<Int<kWidth>, _1>>{}));
+  using Type =
+      decltype(composition(Swizzle<(kWidth == 64 ? 3 : 2), 3, 3>{},
+                           Layout<cute::Shape<_8, Int<kWidth>>, Stride<Int<kWidth>, _1>>{}));
 };
 template <int kRows, int kColumns>
 using SmemTile = decltype(tile_to_shape(typename SwizzledAtom<kColumns>::Type{},
@@ -129,8 +130,8 @@ __device__ __forceinline__ Operand<Op, Tensor_> operand(const Tensor_& tile) {
   return {tile};
 }
 
-// B of a product, read from shared memory 16 columns by 16 of K at a time, one ldmatrix ahead of the
-// tensor cores: a small, constant number of registers whatever the tile.
+// B of a product, read from shared memory 16 columns by 16 of K at a time, one ldmatrix ahead of
+// the tensor cores: a small, constant number of registers whatever the tile.
 template <class Mma, class Op, class Tile>
 struct StreamedB {
   using Element = typename Tile::value_type;
@@ -138,8 +139,8 @@ struct StreamedB {
   static constexpr auto kExtents = Operand<Op, Tile>::extents();
 
   decltype(make_tensor<Element>(partition_shape_B(Mma{}, kExtents))) fragment;
-  decltype(make_tiled_copy_B(Atom{}, Mma{}).get_thread_slice(0).partition_S(
-      std::declval<Tile>())) source;
+  decltype(make_tiled_copy_B(Atom{}, Mma{}).get_thread_slice(0).partition_S(std::declval<Tile>()))
+      source;
 
   static constexpr int kColumnPairs = decltype(size<1>(fragment))::value / 2;
   static constexpr int kSteps = decltype(size<2>(fragment))::value;
@@ -154,17 +155,12 @@ struct StreamedB {
   }
 };
 
-struct Nothing {
-  __device__ __forceinline__ void operator()(int, int) const {}
-};
-
-// acc (M, N) += A (M, K) * B (N, K)^T. Step k of K finds A's fragments in fragment_a(_, _, k), which
-// load_a(k), called one step ahead, has put there. beside(i, count), for i = 0 .. count - 1 in turn,
-// is other work, spread among the products.
-template <class Acc, class Mma, class FragmentA, class LoadA, class OpB, class TileB, class Beside>
+// acc (M, N) += A (M, K) * B (N, K)^T. Step k of K finds A's fragments in fragment_a(_, _, k),
+// which load_a(k), called one step ahead, has put there.
+template <class Acc, class Mma, class FragmentA, class LoadA, class OpB, class TileB>
 __device__ __forceinline__ void gemm_streamed(Acc& acc, Mma mma, const FragmentA& fragment_a,
                                               LoadA load_a, const Operand<OpB, TileB>& b,
-                                              int thread, Beside beside) {
+                                              int thread) {
   StreamedB<Mma, OpB, TileB> streamed(b.tile, thread);
   constexpr int kPairs = decltype(streamed)::kColumnPairs;
   constexpr int kSteps = decltype(streamed)::kSteps;
@@ -183,33 +179,29 @@ __device__ __forceinline__ void gemm_streamed(Acc& acc, Mma mma, const FragmentA
         gemm(mma, fragment_a(_, m, k), streamed.fragment(_, 2 * n, k), acc(_, m, 2 * n));
         gemm(mma, fragment_a(_, m, k), streamed.fragment(_, 2 * n + 1, k), acc(_, m, 2 * n + 1));
       }
-      beside(step, kPairs * kSteps);
     }
   }
 }
 
 // Both operands in shared memory.
-template <class Acc, class Mma, class OpA, class TileA, class OpB, class TileB,
-          class Beside = Nothing>
+template <class Acc, class Mma, class OpA, class TileA, class OpB, class TileB>
 __device__ __forceinline__ void gemm_ss(Acc& acc, Mma mma, const Operand<OpA, TileA>& a,
-                                        const Operand<OpB, TileB>& b, int thread,
-                                        Beside beside = {}) {
+                                        const Operand<OpB, TileB>& b, int thread) {
   using Element = typename TileA::value_type;
   using Atom = Copy_Atom<OpA, Element>;
   auto copy_a = make_tiled_copy_A(Atom{}, mma).get_thread_slice(thread);
   auto fragment_a = make_tensor<Element>(partition_shape_A(mma, a.extents()));
   auto source_a = copy_a.partition_S(a.tile);
   auto target_a = copy_a.retile_D(fragment_a);
-  gemm_streamed(
-      acc, mma, fragment_a, [&](int k) { copy(Atom{}, source_a(_, _, k), target_a(_, _, k)); }, b,
-      thread, beside);
+  const auto load_a = [&](int k) { copy(Atom{}, source_a(_, _, k), target_a(_, _, k)); };
+  gemm_streamed(acc, mma, fragment_a, load_a, b, thread);
 }
 
 // A already in registers.
 template <class Acc, class Mma, class FragmentA, class OpB, class TileB>
 __device__ __forceinline__ void gemm_rs(Acc& acc, Mma mma, const FragmentA& fragment_a,
                                         const Operand<OpB, TileB>& b, int thread) {
-  gemm_streamed(acc, mma, fragment_a, [](int) {}, b, thread, Nothing{});
+  gemm_streamed(acc, mma, fragment_a, [](int) {}, b, thread);
 }
 
 // Reads the A fragments of a whole (M, K) tile.

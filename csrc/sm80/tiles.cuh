@@ -1,6 +1,9 @@
-// The tile table of the sm80 family: for every head dim, in order of preference, the forward and
-// backward tiles. Later rows of a head dim need less shared memory, for GPUs with 99 KiB a block.
+// The tile table of the sm80 family: for every head dim the forward tile and the backward tiles, in
+// order of preference. Later rows need less shared memory: sm_80 gives a thread block 163 KiB,
+// sm_86, sm_89 and sm_120 99 KiB. docs/performance.md has the measurements behind the first rows.
 #pragma once
+
+#include <tuple>
 
 #include "launch.cuh"
 
@@ -9,58 +12,54 @@ namespace flash_attn2::sm80 {
 template <class Element, int kHeadDim>
 struct Tiles;
 
-template <class... Traits>
-struct TraitsList {};
-
-//                          head_dim, tile_m, tile_n, warps, Q in registers
-//                          head_dim, tile_m, tile_n, warps, warps on rows of S, KV, Q, stages
+// ForwardTraits: head_dim, tile_m, tile_n, warps, Q in registers, stages
+// BackwardTraits: head_dim, tile_m, tile_n, warps, warps along the rows of S, KV, Q, stages, splits
 template <class Element>
 struct Tiles<Element, 64> {
-  using Forward = TraitsList<ForwardTraits<Element, 64, 128, 64, 4, true>>;
-  using Backward = TraitsList<BackwardTraits<Element, 64, 128, 128, 8, 4, 4, 4, 2>,
-                              BackwardTraits<Element, 64, 64, 64, 4, 2, 2, 2, 2>>;
+  using Forward = std::tuple<ForwardTraits<Element, 64, 128, 64, 4, true, 2>>;
+  using Backward = std::tuple<BackwardTraits<Element, 64, 64, 128, 4, 2, 4, 2, 2, 2>>;
 };
 template <class Element>
 struct Tiles<Element, 96> {
-  using Forward = TraitsList<ForwardTraits<Element, 96, 128, 64, 4, false>>;
-  using Backward = TraitsList<BackwardTraits<Element, 96, 64, 128, 8, 2, 4, 4, 2>,
-                              BackwardTraits<Element, 96, 64, 64, 4, 2, 2, 2, 2>>;
+  using Forward = std::tuple<ForwardTraits<Element, 96, 128, 64, 4, false, 2>>;
+  using Backward = std::tuple<BackwardTraits<Element, 96, 64, 128, 8, 2, 4, 4, 2>,
+                              BackwardTraits<Element, 96, 64, 64, 4, 2, 2, 2, 1>>;
 };
 template <class Element>
 struct Tiles<Element, 128> {
-  using Forward = TraitsList<ForwardTraits<Element, 128, 128, 64, 4, false>>;
-  using Backward = TraitsList<BackwardTraits<Element, 128, 64, 128, 8, 2, 4, 2, 2>,
+  using Forward = std::tuple<ForwardTraits<Element, 128, 128, 64, 4, false, 2>>;
+  using Backward = std::tuple<BackwardTraits<Element, 128, 64, 128, 8, 2, 4, 2, 2>,
                               BackwardTraits<Element, 128, 64, 64, 4, 2, 2, 2, 1>>;
 };
 template <class Element>
 struct Tiles<Element, 192> {
-  using Forward = TraitsList<ForwardTraits<Element, 192, 128, 64, 8, false>,
-                             ForwardTraits<Element, 192, 64, 32, 4, false>>;
-  using Backward = TraitsList<BackwardTraits<Element, 192, 64, 64, 8, 4, 2, 2, 2>,
+  using Forward = std::tuple<ForwardTraits<Element, 192, 64, 64, 4, false, 1>>;
+  using Backward = std::tuple<BackwardTraits<Element, 192, 64, 96, 8, 4, 2, 2, 2>,
+                              BackwardTraits<Element, 192, 64, 64, 8, 2, 2, 2, 2>,
                               BackwardTraits<Element, 192, 64, 32, 4, 2, 2, 2, 1>>;
 };
 template <class Element>
 struct Tiles<Element, 256> {
-  using Forward = TraitsList<ForwardTraits<Element, 256, 128, 64, 8, true>,
-                             ForwardTraits<Element, 256, 64, 32, 4, false>>;
-  using Backward = TraitsList<BackwardTraits<Element, 256, 64, 64, 8, 4, 2, 2, 1>,
+  using Forward = std::tuple<ForwardTraits<Element, 256, 64, 64, 4, false, 1>>;
+  using Backward = std::tuple<BackwardTraits<Element, 256, 64, 64, 8, 2, 2, 2, 2>,
+                              BackwardTraits<Element, 256, 32, 64, 8, 2, 2, 2, 2>,
                               BackwardTraits<Element, 256, 32, 32, 4, 2, 2, 2, 1>>;
 };
 
-// Registers every row of one (dtype, head_dim).
-template <class Element, int kHeadDim>
-struct RegisterKernels {
-  RegisterKernels() {
-    add(typename Tiles<Element, kHeadDim>::Forward{}, typename Tiles<Element, kHeadDim>::Backward{});
+// Adds one row of the table to the registry. One a file: the front end's time and memory grow with
+// the kernels of a file.
+template <class Element, int kHeadDim, int kRow>
+struct RegisterForward {
+  RegisterForward() {
+    using Rows = typename Tiles<Element, kHeadDim>::Forward;
+    RegisterKernel(forward_row<std::tuple_element_t<kRow, Rows>>(kRow));
   }
-
- private:
-  template <class... Forward, class... Backward>
-  static void add(TraitsList<Forward...>, TraitsList<Backward...>) {
-    int preference = 0;
-    (RegisterKernel(forward_row<Forward>(preference++)), ...);
-    preference = 0;
-    (RegisterKernel(backward_row<Backward>(preference++)), ...);
+};
+template <class Element, int kHeadDim, int kRow>
+struct RegisterBackward {
+  RegisterBackward() {
+    using Rows = typename Tiles<Element, kHeadDim>::Backward;
+    RegisterKernel(backward_row<std::tuple_element_t<kRow, Rows>>(kRow));
   }
 };
 

@@ -1,5 +1,5 @@
 #include "../tiles.cuh"
 
 namespace flash_attn2::sm80 {
-static const RegisterKernels<cutlass::half_t, 256> rows;
+static const RegisterForward<cutlass::half_t, 128, 0> row;
 }  // namespace flash_attn2::sm80

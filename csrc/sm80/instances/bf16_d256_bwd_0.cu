@@ -1,5 +1,5 @@
 #include "../tiles.cuh"
 
 namespace flash_attn2::sm80 {
-static const RegisterKernels<cutlass::half_t, 192> rows;
+static const RegisterBackward<cutlass::bfloat16_t, 256, 0> row;
 }  // namespace flash_attn2::sm80

@@ -1,0 +1,5 @@
+#include "../tiles.cuh"
+
+namespace flash_attn2::sm80 {
+static const RegisterBackward<cutlass::bfloat16_t, 96, 1> row;
+}  // namespace flash_attn2::sm80

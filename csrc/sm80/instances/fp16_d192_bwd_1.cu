@@ -1,0 +1,5 @@
+#include "../tiles.cuh"
+
+namespace flash_attn2::sm80 {
+static const RegisterBackward<cutlass::half_t, 192, 1> row;
+}  // namespace flash_attn2::sm80
