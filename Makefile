@@ -5,6 +5,7 @@
 # the GPUs of this machine, or skip it where there is none. Further:
 #   make build    the CUDA extension, in place (FLASH_ATTN2_ARCHS, FLASH_ATTN2_FILTER: see README.md)
 #   make lint     ruff and clang-format, as checks;  make format  applies them
+#   make sanitize compute-sanitizer (memcheck, racecheck) over small calls of every kernel; needs a GPU
 #   make clean    removes what was built;  make distclean  the environment and fetched headers too
 #
 # Variables:
@@ -27,9 +28,10 @@ endif
 
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 # For VENV=0, where the package is not installed.
-RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY)
+RUN_ENV = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+RUN = $(RUN_ENV) $(PY)
 
-.PHONY: demo test build extension toolkit lint format clean distclean
+.PHONY: demo test build extension toolkit lint format sanitize clean distclean
 
 demo: extension
 	$(RUN) examples/train_gpt.py --preset demo $(DEMO_ARGS)
@@ -61,6 +63,11 @@ format: $(READY)
 $(VENV)/.ready: requirements/build.txt requirements/run.txt requirements/test.txt requirements/nvcc.txt pyproject.toml
 	sh tools/make_venv.sh "$(VENV)" "$(PYTHON)"
 	touch $@
+
+sanitize: extension
+	for tool in memcheck racecheck; do \
+	  $(RUN_ENV) compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) tools/sanitize_target.py || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info flash_attn2/_C*.so flash_attn2/_kernel_resources.json

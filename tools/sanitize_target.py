@@ -1,0 +1,46 @@
+"""Small forward and backward calls of every kernel row that this GPU takes, for compute-sanitizer.
+
+`make sanitize` runs it under memcheck and racecheck. It also compares with the CPU path, so that a
+sanitizer that skips the kernels cannot pass.
+"""
+
+import torch
+
+from flash_attn2 import flash_attn_func
+from flash_attn2.introspection import build_info
+
+
+def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((x.double().cpu() - reference).norm() / reference.norm()).item()
+
+
+def run(dtype: torch.dtype, head_dim: int, causal: bool, deterministic: bool) -> float:
+    """Largest relative error of out, dq, dk, dv of one problem with odd lengths and GQA."""
+    inputs = [
+        torch.randn(1, seqlen, heads, head_dim, dtype=dtype)
+        for seqlen, heads in ((131, 4), (197, 2), (197, 2))
+    ]
+    dout = torch.randn_like(inputs[0])
+
+    def attend(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        q, k, v = (x.to(device, dtype).requires_grad_() for x in inputs)
+        out = flash_attn_func(q, k, v, causal=causal, deterministic=deterministic)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(device, dtype))]
+
+    pairs = zip(attend("cuda", dtype), attend("cpu", torch.float64), strict=True)
+    return max(relative_error(x, reference) for x, reference in pairs)
+
+
+def main() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        for head_dim in build_info()["head_dims"]:
+            for causal, deterministic in ((False, False), (True, False), (True, True)):
+                error = run(dtype, head_dim, causal, deterministic)
+                case = f"{dtype} d{head_dim} causal={causal} deterministic={deterministic}"
+                print(f"{case}: {error:.2e}")
+                if not error < 1e-2:
+                    raise SystemExit("wrong result")
+
+
+if __name__ == "__main__":
+    main()
