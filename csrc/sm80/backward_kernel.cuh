@@ -63,15 +63,51 @@ __device__ __forceinline__ int64_t backward_index(const BackwardParams& params, 
   return index;
 }
 
+// The shared-memory tiles of one (query block, key block) pair.
+template <class Traits>
+struct BackwardTiles {
+  using Element = typename Traits::Element;
+  template <class Layout_>
+  using Tile = decltype(make_tensor(make_smem_ptr(static_cast<Element*>(nullptr)), Layout_{}));
+
+  Tile<typename Traits::SmemQ> q, dout;
+  Tile<typename Traits::SmemKV> k, v;
+  Tile<typename Traits::SmemS> p, ds;
+
+  // K, V, then stages of Q and dO side by side, then P, dS.
+  __device__ __forceinline__ BackwardTiles(Element* smem, int stage)
+      : q(at<typename Traits::SmemQ>(smem + 2 * kKV + stage * 2 * kQ)),
+        dout(at<typename Traits::SmemQ>(smem + 2 * kKV + stage * 2 * kQ + kQ)),
+        k(at<typename Traits::SmemKV>(smem)),
+        v(at<typename Traits::SmemKV>(smem + kKV)),
+        p(at<typename Traits::SmemS>(smem + 2 * kKV + Traits::kStages * 2 * kQ)),
+        ds(at<typename Traits::SmemS>(smem + 2 * kKV + Traits::kStages * 2 * kQ +
+                                      Traits::kSElements)) {}
+
+ private:
+  static constexpr int kQ = Traits::kQElements, kKV = Traits::kKVElements;
+
+  template <class Layout_>
+  __device__ __forceinline__ static auto at(Element* base) {
+    return make_tensor(make_smem_ptr(base), Layout_{});
+  }
+};
+
+// (rows, columns) shared tile as the transposed operand of a product.
+template <class Tile>
+__device__ __forceinline__ auto transposed(const Tile& tile) {
+  return operand<LoadMatrixTransposed>(
+      make_tensor(tile.data(), Transposed<typename Tile::layout_type>{}));
+}
+
 // B2 to B4 of one (query block, key block) pair: P and dS, (kTileM, kTileN), to shared memory. In
 // kScoreSplits parts of the columns, one after the other, where registers would not hold all of S
-// and dP beside dK and dV.
-template <class Traits, class TileQ, class TileKV, class TileS>
+// and dP beside dK and dV. `row` is the query block's first row in lse_log2 and delta.
+template <class Traits>
 __device__ __forceinline__ void score_gradients(const BackwardParams& params,
-                                                const VisibleKeys& visible, const float* lse_log2,
-                                                const float* delta, int row_begin, int key_begin,
-                                                const TileQ& q, const TileQ& dout, const TileKV& k,
-                                                const TileKV& v, TileS& p, TileS& ds, int thread) {
+                                                const VisibleKeys& visible,
+                                                BackwardTiles<Traits>& tiles, int64_t row,
+                                                int row_begin, int key_begin, int thread) {
   using Element = typename Traits::Element;
   constexpr int kColumns = Traits::kTileN / Traits::kScoreSplits;
   using ScoreExtents = cute::Shape<Int<Traits::kTileM>, Int<kColumns>>;
@@ -83,8 +119,8 @@ __device__ __forceinline__ void score_gradients(const BackwardParams& params,
   float row_lse[kRows], row_delta[kRows];
   CUTE_UNROLL
   for (int i = 0; i < kRows; ++i) {  // read early: used after the products
-    row_lse[i] = lse_log2[get<0>(coords(i, 0))];
-    row_delta[i] = delta[get<0>(coords(i, 0))];
+    row_lse[i] = params.lse_log2[row + get<0>(coords(i, 0))];
+    row_delta[i] = params.delta[row + get<0>(coords(i, 0))];
   }
   const ScoreScale scale(params.softmax_scale);
 
@@ -92,8 +128,9 @@ __device__ __forceinline__ void score_gradients(const BackwardParams& params,
   for (int part = 0; part < Traits::kScoreSplits; ++part) {
     auto acc_s = partition_fragment_C(mma, ScoreExtents{});
     clear(acc_s);
-    gemm_ss(acc_s, mma, operand<LoadMatrix>(q),
-            operand<LoadMatrix>(local_tile(k, KeyExtents{}, make_coord(part, 0))), thread);  // B2
+    gemm_ss(acc_s, mma, operand<LoadMatrix>(tiles.q),
+            operand<LoadMatrix>(local_tile(tiles.k, KeyExtents{}, make_coord(part, 0))),
+            thread);  // B2
     scale.prepare(acc_s);
     auto scores = rows_columns(acc_s);
     const int part_begin = key_begin + part * kColumns;
@@ -107,13 +144,14 @@ __device__ __forceinline__ void score_gradients(const BackwardParams& params,
         scores(i, j) = exp2f(scores(i, j) * scale.log2 - row_lse[i]);
       }
     }
-    store_accumulators<Element>(mma, acc_s, local_tile(p, ScoreExtents{}, make_coord(0, part)),
-                                thread);
+    store_accumulators<Element>(mma, acc_s,
+                                local_tile(tiles.p, ScoreExtents{}, make_coord(0, part)), thread);
 
     auto acc_dp = partition_fragment_C(mma, ScoreExtents{});
     clear(acc_dp);
-    gemm_ss(acc_dp, mma, operand<LoadMatrix>(dout),
-            operand<LoadMatrix>(local_tile(v, KeyExtents{}, make_coord(part, 0))), thread);  // B3
+    gemm_ss(acc_dp, mma, operand<LoadMatrix>(tiles.dout),
+            operand<LoadMatrix>(local_tile(tiles.v, KeyExtents{}, make_coord(part, 0))),
+            thread);  // B3
     auto dscores = rows_columns(acc_dp);
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) {  // B4
@@ -122,26 +160,22 @@ __device__ __forceinline__ void score_gradients(const BackwardParams& params,
         dscores(i, j) = scores(i, j) * (dscores(i, j) - row_delta[i]);
       }
     }
-    store_accumulators<Element>(mma, acc_dp, local_tile(ds, ScoreExtents{}, make_coord(0, part)),
-                                thread);
+    store_accumulators<Element>(mma, acc_dp,
+                                local_tile(tiles.ds, ScoreExtents{}, make_coord(0, part)), thread);
   }
 }
 
 // B8: one of dK, dV, through the shared memory that held K, V.
-template <class Traits, class Acc>
+template <class Traits, class Tile, class Acc>
 __device__ __forceinline__ void write_key_gradient(const BackwardParams& params,
                                                    const TensorView& view, const TileCoord& coord,
-                                                   typename Traits::Element* staging, Acc& acc,
-                                                   float scale, int thread) {
+                                                   Tile& staging, const Acc& acc, int thread) {
   using Element = typename Traits::Element;
-  CUTE_UNROLL
-  for (int i = 0; i < size(acc); ++i) acc(i) *= scale;
   const int key_begin = coord.block * Traits::kTileN;
-  auto tile = make_tensor(make_smem_ptr(staging), typename Traits::SmemKV{});
-  store_accumulators<Element>(typename Traits::MmaKV{}, acc, tile, thread);
+  store_accumulators<Element>(typename Traits::MmaKV{}, acc, staging, thread);
   __syncthreads();
   store_tile<Element, Traits::kHeadDim, Traits::kThreads>(
-      tile,
+      staging,
       global_tile<Element, Traits::kTileN, Traits::kHeadDim>(view, coord.batch, coord.head,
                                                              key_begin),
       thread, params.shape.seqlen_k - key_begin, params.shape.head_dim);
@@ -166,35 +200,23 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int steps = group * max(blocks.end - blocks.begin, 0);
   const int row_blocks = ceil_div(shape.seqlen_q, kTileM);
 
-  Element* smem_k = reinterpret_cast<Element*>(smem);
-  Element* smem_v = smem_k + Traits::kKVElements;
-  Element* smem_q = smem_v + Traits::kKVElements;  // stages of Q and dO side by side
-  Element* smem_p = smem_q + Traits::kStages * 2 * Traits::kQElements;
-  Element* smem_ds = smem_p + Traits::kSElements;
-  auto tile_at = [](Element* base, auto layout) {
-    return make_tensor(make_smem_ptr(base), layout);
-  };
-  auto tile_p = tile_at(smem_p, typename Traits::SmemS{});
-  auto tile_ds = tile_at(smem_ds, typename Traits::SmemS{});
-  auto stage_q = [&](int stage) { return smem_q + stage * 2 * Traits::kQElements; };
-  auto stage_dout = [&](int stage) { return stage_q(stage) + Traits::kQElements; };
+  Element* elements = reinterpret_cast<Element*>(smem);
 
-  auto load_key_tile = [&](const TensorView& view, Element* target) {
+  auto load_keys = [&](const TensorView& view, auto& target) {
     load_tile<Element, kHeadDim, Traits::kThreads>(
-        global_tile<Element, kTileN, kHeadDim>(view, coord.batch, coord.head, key_begin),
-        tile_at(target, typename Traits::SmemKV{}), thread, shape.seqlen_k - key_begin,
-        shape.head_dim);
+        global_tile<Element, kTileN, kHeadDim>(view, coord.batch, coord.head, key_begin), target,
+        thread, shape.seqlen_k - key_begin, shape.head_dim);
   };
   auto load_queries = [&](const QueryStep& at, int stage) {
+    BackwardTiles<Traits> tiles(elements, stage);
     const int row_begin = at.block * kTileM;
-    const auto load = [&](const TensorView& view, Element* target) {
+    const auto load = [&](const TensorView& view, auto& target) {
       load_tile<Element, kHeadDim, Traits::kThreads>(
-          global_tile<Element, kTileM, kHeadDim>(view, coord.batch, at.head, row_begin),
-          tile_at(target, typename Traits::SmemQ{}), thread, shape.seqlen_q - row_begin,
-          shape.head_dim);
+          global_tile<Element, kTileM, kHeadDim>(view, coord.batch, at.head, row_begin), target,
+          thread, shape.seqlen_q - row_begin, shape.head_dim);
     };
-    load(params.q, stage_q(stage));
-    load(params.dout, stage_dout(stage));
+    load(params.q, tiles.q);
+    load(params.dout, tiles.dout);
   };
 
   typename Traits::MmaKV mma_kv;
@@ -205,8 +227,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
   QueryStep at{coord.head * group, blocks.begin};
   if (steps > 0) {
-    load_key_tile(params.k, smem_k);
-    load_key_tile(params.v, smem_v);
+    BackwardTiles<Traits> tiles(elements, 0);
+    load_keys(params.k, tiles.k);
+    load_keys(params.v, tiles.v);
     load_queries(at, 0);
     cp_async_fence();
   }
@@ -220,23 +243,15 @@ __global__ void __launch_bounds__(Traits::kThreads)
     if (Traits::kStages == 2 && step + 1 < steps) load_queries(at.next(blocks), stage ^ 1);
     cp_async_fence();
 
-    score_gradients<Traits>(params, visible, params.lse_log2 + row_block * kTileM,
-                            params.delta + row_block * kTileM, row_begin, key_begin,
-                            tile_at(stage_q(stage), typename Traits::SmemQ{}),
-                            tile_at(stage_dout(stage), typename Traits::SmemQ{}),
-                            tile_at(smem_k, typename Traits::SmemKV{}),
-                            tile_at(smem_v, typename Traits::SmemKV{}), tile_p, tile_ds, thread);
+    BackwardTiles<Traits> tiles(elements, stage);
+    score_gradients(params, visible, tiles, row_block * kTileM, row_begin, key_begin, thread);
     __syncthreads();  // P and dS are there
 
-    const auto transposed = [&](Element* base, auto layout) {
-      return operand<LoadMatrixTransposed>(tile_at(base, layout));
-    };
     // B7: this block's share of dQ = dS K, (kTileM, kHeadDim).
     typename Traits::MmaQ mma_q;
     auto acc_dq = partition_fragment_C(mma_q, cute::Shape<Int<kTileM>, Int<kHeadDim>>{});
     clear(acc_dq);
-    gemm_ss(acc_dq, mma_q, operand<LoadMatrix>(tile_ds),
-            transposed(smem_k, Transposed<typename Traits::SmemKV>{}), thread);
+    gemm_ss(acc_dq, mma_q, operand<LoadMatrix>(tiles.ds), transposed(tiles.k), thread);
 
     const int turn = coord.block - visible.key_blocks(row_begin, kTileM, kTileN).begin;
     wait_for_turn(params.dq_turn, row_block, turn);
@@ -245,10 +260,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
     // B5: dV += P^T dO and B6: dK += dS^T Q, (kTileN, kHeadDim). They come after dQ so that its
     // reductions are on their way while the tensor cores work.
-    gemm_ss(acc_dv, mma_kv, transposed(smem_p, Transposed<typename Traits::SmemS>{}),
-            transposed(stage_dout(stage), Transposed<typename Traits::SmemQ>{}), thread);
-    gemm_ss(acc_dk, mma_kv, transposed(smem_ds, Transposed<typename Traits::SmemS>{}),
-            transposed(stage_q(stage), Transposed<typename Traits::SmemQ>{}), thread);
+    gemm_ss(acc_dv, mma_kv, transposed(tiles.p), transposed(tiles.dout), thread);
+    gemm_ss(acc_dk, mma_kv, transposed(tiles.ds), transposed(tiles.q), thread);
     if (Traits::kStages == 1 && step + 1 < steps) {
       __syncthreads();  // all warps are done with this Q and dO
       load_queries(at.next(blocks), 0);
@@ -259,9 +272,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
   cp_async_wait<0>();
   __syncthreads();  // all warps are done with K and V
-  write_key_gradient<Traits>(params, params.dk, coord, smem_k, acc_dk, params.softmax_scale,
-                             thread);
-  write_key_gradient<Traits>(params, params.dv, coord, smem_v, acc_dv, 1.f, thread);
+  CUTE_UNROLL
+  for (int i = 0; i < size(acc_dk); ++i) acc_dk(i) *= params.softmax_scale;
+  BackwardTiles<Traits> tiles(elements, 0);
+  write_key_gradient<Traits>(params, params.dk, coord, tiles.k, acc_dk, thread);
+  write_key_gradient<Traits>(params, params.dv, coord, tiles.v, acc_dv, thread);
 }
 
 }  // namespace flash_attn2::sm80

@@ -35,8 +35,7 @@ template <class Element>
 struct Tiles<Element, 192> {
   using Forward = std::tuple<ForwardTraits<Element, 192, 64, 64, 4, false, 1>>;
   using Backward = std::tuple<BackwardTraits<Element, 192, 64, 96, 8, 4, 2, 2, 2>,
-                              BackwardTraits<Element, 192, 64, 64, 8, 2, 2, 2, 2>,
-                              BackwardTraits<Element, 192, 64, 32, 4, 2, 2, 2, 1>>;
+                              BackwardTraits<Element, 192, 32, 64, 8, 2, 2, 2, 1>>;
 };
 template <class Element>
 struct Tiles<Element, 256> {

@@ -1,5 +1,0 @@
-#include "../tiles.cuh"
-
-namespace flash_attn2::sm80 {
-static const RegisterBackward<cutlass::half_t, 192, 2> row;
-}  // namespace flash_attn2::sm80
