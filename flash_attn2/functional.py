@@ -129,7 +129,7 @@ def flash_attn_func(
 
     d = q.shape[3]
     if softmax_scale is None:
-        softmax_scale = d**-0.5
+        softmax_scale = d**-0.5 if d > 0 else 1.0  # the op refuses head_dim 0
     if device == "cuda" and d % _HEAD_DIM_MULTIPLE != 0:
         out, lse = _padded_forward(q, k, v, softmax_scale, left, right, deterministic)
     else:

@@ -78,8 +78,8 @@ def plan(
         {"kernel", "reason"}.
 
     Raises:
-        RuntimeError: the package was installed without its CUDA extension, or an argument is
-            wrong.
+        RuntimeError: the package was installed without its CUDA extension.
+        ValueError: an argument is wrong; the message names it, its value and the limit.
     """
     return _extension().plan(
         direction,

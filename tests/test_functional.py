@@ -180,6 +180,12 @@ def test_wrong_shapes_are_named(function, args, text, device):
         function(*(torch.randn(shape, dtype=torch.float16, device=device) for shape in args))
 
 
+def test_head_dim_zero_is_named(device):
+    q = torch.empty(1, 4, 2, 0, device=device, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="q: head_dim is 0"):
+        flash_attn_func(q, q, q)
+
+
 def test_wrong_window(device):
     args, _ = tensors_of(flash_attn_func, device)
     with pytest.raises(RuntimeError, match="window_size: has 3 elements, it must have 2"):
