@@ -24,7 +24,7 @@ FLASH_ATTN2_HOST_DEVICE int clamp(int x, int low, int high) {
 
 // The window of one problem in key coordinates, its bounds normalised by make_window (csrc/plan):
 // at most the sequences' lengths, so that no sum here overflows. A query row r sees the keys
-// [first(r), last(r)].
+// [first(r), end(r)).
 struct VisibleKeys {
   int seqlen_q, seqlen_k;
   int left, right;  // negative: unbounded
