@@ -29,7 +29,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   at::Tensor dv = empty_like_device(q, v.sizes(), q.scalar_type());
   if (dq.numel() == 0 && dk.numel() == 0) return {std::move(dq), std::move(dk), std::move(dv)};
 
-  const at::Tensor q_in = servable(q), k_in = servable(k), v_in = servable(v);
+  const PositiveScale scaled = with_positive_scale(q, softmax_scale);
+  const at::Tensor q_in = servable(scaled.q), k_in = servable(k), v_in = servable(v);
   const at::Tensor out_in = servable(out), dout_in = servable(dout);
   const at::Tensor lse_in = lse.contiguous();
   const at::Tensor dlse_in = dlse.has_value() ? dlse->contiguous() : at::Tensor();
@@ -47,9 +48,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   params.dv = view_of(dv);
   params.lse = lse_in.const_data_ptr<float>();
   params.dlse = dlse_in.defined() ? dlse_in.const_data_ptr<float>() : nullptr;
-  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.softmax_scale = scaled.scale;
   carve_workspace(params, workspace.mutable_data_ptr(), plan.workspace);
   plan.row->backward(params, plan.launch, c10::cuda::getCurrentCUDAStream().stream());
+  if (scaled.q_factor != 1) dq.mul_(scaled.q_factor);
   return {std::move(dq), std::move(dk), std::move(dv)};
 }
 

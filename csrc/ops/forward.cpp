@@ -25,7 +25,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   at::Tensor lse = empty_like_device(q, {q.size(0), q.size(2), q.size(1)}, at::kFloat);
   if (out.numel() == 0) return {std::move(out), std::move(lse)};
 
-  const at::Tensor q_in = servable(q), k_in = servable(k), v_in = servable(v);
+  const PositiveScale scaled = with_positive_scale(q, softmax_scale);
+  const at::Tensor q_in = servable(scaled.q), k_in = servable(k), v_in = servable(v);
   ForwardParams params;
   params.shape = problem.shape;
   params.window = problem.window;
@@ -34,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   params.v = view_of(v_in);
   params.out = view_of(out);
   params.lse = lse.mutable_data_ptr<float>();
-  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.softmax_scale = scaled.scale;
   params.heads_per_group = plan.heads_per_group;
   plan.row->forward(params, plan.launch, c10::cuda::getCurrentCUDAStream().stream());
   return {std::move(out), std::move(lse)};

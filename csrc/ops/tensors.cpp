@@ -1,6 +1,7 @@
 #include "tensors.h"
 
 #include <ATen/cuda/EmptyTensor.h>
+#include <ATen/ops/mul.h>
 
 #include <cstdint>
 
@@ -24,6 +25,12 @@ bool is_servable(const at::Tensor& t) {
 at::Tensor servable(const at::Tensor& t) {
   // clone, not contiguous(): a contiguous view with an odd storage offset needs a copy as well.
   return is_servable(t) ? t : t.clone(at::MemoryFormat::Contiguous);
+}
+
+PositiveScale with_positive_scale(const at::Tensor& q, double softmax_scale) {
+  if (softmax_scale > 0) return {q, static_cast<float>(softmax_scale), 1};
+  if (softmax_scale < 0) return {at::mul(q, -1), static_cast<float>(-softmax_scale), -1};
+  return {at::mul(q, 0), 1.f, 0};
 }
 
 TensorView view_of(const at::Tensor& t) {

@@ -12,6 +12,15 @@ namespace flash_attn2 {
 // a contiguous copy.
 at::Tensor servable(const at::Tensor& t);
 
+// Kernels want a positive scale: the row maximum of the scaled scores is then that of the raw ones.
+// A negative scale moves its sign into q, exactly; a scale of zero makes q zero.
+struct PositiveScale {
+  at::Tensor q;
+  float scale;
+  double q_factor;  // 1, -1 or 0: what q was multiplied by, so what dq has to be multiplied by
+};
+PositiveScale with_positive_scale(const at::Tensor& q, double softmax_scale);
+
 // Pointer and strides of a 4-d tensor.
 TensorView view_of(const at::Tensor& t);
 

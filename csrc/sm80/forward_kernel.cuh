@@ -24,6 +24,10 @@ struct ForwardTraits {
   // 2: K and V of the next block are loaded during this one. 1: V during S = Q K^T, the next K
   // during the rest; half the shared memory, for more thread blocks on a multiprocessor.
   static constexpr int kStages = kStages_;
+  // Measured: a vote before the output is rescaled pays where the output is wide and a warp has
+  // many rows; fragments are read two steps of K ahead where registers are to spare.
+  static constexpr bool kVote = kHeadDim == 128 || kHeadDim == 192;
+  static constexpr int kAhead = kHeadDim < 128 ? 2 : 1;
   static constexpr int kMinBlocks = kMinBlocks_;  // thread blocks a multiprocessor must hold
 
   using SmemQ = SmemTile<kTileM, kHeadDim>;
@@ -65,7 +69,7 @@ __device__ __forceinline__ void write_output(const ForwardParams& params, const 
   using Element = typename Traits::Element;
   typename Traits::Mma mma;
   float inverse_sum[kRows], lse[kRows];
-  softmax.finish(inverse_sum, lse, ScoreScale(params.softmax_scale).log2);
+  softmax.finish(inverse_sum, lse, params.softmax_scale * kLog2e);
   auto out = rows_columns(acc_out);
   CUTE_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -143,7 +147,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   OnlineSoftmax<kRows> softmax;
   auto coords = rows_columns(mma.get_thread_slice(thread).partition_C(
       make_identity_tensor(cute::Shape<Int<kTileM>, Int<kTileN>>{})));
-  const ScoreScale scale(params.softmax_scale);
+  const float scale_log2 = params.softmax_scale * kLog2e;
 
   if (tile.blocks.begin < tile.blocks.end) {
     // F1. Q travels with the last key block.
@@ -152,7 +156,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
                                                tile.row_begin),
         tile_q, thread, shape.seqlen_q - tile.row_begin, shape.head_dim);
     load_k(tile.blocks.end - 1, 0);
-    if (Traits::kStages == 2) load_v(tile.blocks.end - 1, 0);
+    if (Traits::kStages == 1) cp_async_fence();  // V may come later
+    load_v(tile.blocks.end - 1, 0);
     cp_async_fence();
   }
 
@@ -160,18 +165,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   auto fragment_q = make_tensor<Element>(partition_shape_A(mma, operand_q.extents()));
   int stage = 0;
   for (int block = tile.blocks.end - 1; block >= tile.blocks.begin; --block) {
-    const bool last = block == tile.blocks.begin;
-    cp_async_wait<0>();
+    const bool first = block == tile.blocks.end - 1, last = block == tile.blocks.begin;
+    if (Traits::kStages == 1 && first) {
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
     __syncthreads();  // what was loaded is there; every warp is done with the previous block
     if constexpr (Traits::kStages == 2) {
       if (!last) load_k(block - 1, stage ^ 1);
       if (!last) load_v(block - 1, stage ^ 1);
-    } else {
+    } else if (!first) {
       load_v(block, stage);
     }
     cp_async_fence();
     if constexpr (Traits::kQInRegs) {
-      if (block == tile.blocks.end - 1) fragment_q = load_fragment_a(mma, operand_q, thread);
+      if (first) fragment_q = load_fragment_a(mma, operand_q, thread);
     }
 
     // F2: S = Q K^T, (kTileM, kTileN) in registers.
@@ -179,9 +188,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     clear(acc_s);
     const auto operand_k = operand<LoadMatrix>(tile_k(stage, typename Traits::SmemKV{}));
     if constexpr (Traits::kQInRegs) {
-      gemm_rs(acc_s, mma, fragment_q, operand_k, thread);
+      gemm_rs<Traits::kAhead>(acc_s, mma, fragment_q, operand_k, thread);
     } else {
-      gemm_ss(acc_s, mma, operand_q, operand_k, thread);
+      gemm_ss<Traits::kAhead>(acc_s, mma, operand_q, operand_k, thread);
     }
 
     if constexpr (Traits::kStages == 1) {
@@ -192,18 +201,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     }
 
     // F3, F4, F5.
-    scale.prepare(acc_s);
     auto scores = rows_columns(acc_s);
     if (visible.tile_needs_mask(tile.row_begin, kTileM, block * kTileN, kTileN)) {
       apply_mask(scores, coords, visible, tile.row_begin, block * kTileN);
     }
-    softmax.update(scores, out_rows, scale.log2);
+    softmax.update<Traits::kVote>(scores, out_rows, scale_log2);
 
     // F6: O += P V; P's accumulators are the A operand as they lie.
     const auto probabilities = convert<Element>(acc_s);
-    gemm_rs(acc_out, mma, as_operand_a(probabilities),
-            operand<LoadMatrixTransposed>(tile_v(stage, Transposed<typename Traits::SmemKV>{})),
-            thread);
+    gemm_rs<Traits::kAhead>(
+        acc_out, mma, as_operand_a(probabilities),
+        operand<LoadMatrixTransposed>(tile_v(stage, Transposed<typename Traits::SmemKV>{})),
+        thread);
     if (Traits::kStages == 2) stage ^= 1;
   }
   write_output<Traits>(params, tile, smem_q, acc_out, softmax, thread);

@@ -130,8 +130,7 @@ __device__ __forceinline__ Operand<Op, Tensor_> operand(const Tensor_& tile) {
   return {tile};
 }
 
-// B of a product, read from shared memory 16 columns by 16 of K at a time, one ldmatrix ahead of
-// the tensor cores: a small, constant number of registers whatever the tile.
+// B of a product, read from shared memory 16 columns by 16 of K at a time.
 template <class Mma, class Op, class Tile>
 struct StreamedB {
   using Element = typename Tile::value_type;
@@ -148,16 +147,17 @@ struct StreamedB {
   __device__ __forceinline__ StreamedB(const Tile& tile, int thread)
       : source(make_tiled_copy_B(Atom{}, Mma{}).get_thread_slice(thread).partition_S(tile)) {}
 
-  __device__ __forceinline__ void load(int step) {
+  // Columns [16 n, 16 n + 16) of the warp's share, at step k of K.
+  __device__ __forceinline__ void load(int n, int k) {
     auto target = make_tiled_copy_B(Atom{}, Mma{}).get_thread_slice(0).retile_D(fragment);
-    const int n = step % kColumnPairs, k = step / kColumnPairs;
     copy(Atom{}, source(_, n, k), target(_, n, k));
   }
 };
 
-// acc (M, N) += A (M, K) * B (N, K)^T. Step k of K finds A's fragments in fragment_a(_, _, k),
-// which load_a(k), called one step ahead, has put there.
-template <class Acc, class Mma, class FragmentA, class LoadA, class OpB, class TileB>
+// acc (M, N) += A (M, K) * B (N, K)^T, with fragments read from shared memory kAhead steps of K
+// ahead of the tensor cores: a small, constant number of registers whatever the tile. Step k of K
+// finds A's fragments in fragment_a(_, _, k), which load_a(k) puts there.
+template <int kAhead, class Acc, class Mma, class FragmentA, class LoadA, class OpB, class TileB>
 __device__ __forceinline__ void gemm_streamed(Acc& acc, Mma mma, const FragmentA& fragment_a,
                                               LoadA load_a, const Operand<OpB, TileB>& b,
                                               int thread) {
@@ -165,15 +165,18 @@ __device__ __forceinline__ void gemm_streamed(Acc& acc, Mma mma, const FragmentA
   constexpr int kPairs = decltype(streamed)::kColumnPairs;
   constexpr int kSteps = decltype(streamed)::kSteps;
   constexpr int kRowTiles = decltype(size<1>(acc))::value;
-  load_a(0);
-  streamed.load(0);
+  CUTE_UNROLL
+  for (int k = 0; k < kAhead && k < kSteps; ++k) {
+    load_a(k);
+    CUTE_UNROLL
+    for (int n = 0; n < kPairs; ++n) streamed.load(n, k);
+  }
   CUTE_UNROLL
   for (int k = 0; k < kSteps; ++k) {
     CUTE_UNROLL
     for (int n = 0; n < kPairs; ++n) {
-      const int step = k * kPairs + n;
-      if (n == kPairs - 1 && k + 1 < kSteps) load_a(k + 1);
-      if (step + 1 < kPairs * kSteps) streamed.load(step + 1);
+      if (n == 0 && k + kAhead < kSteps) load_a(k + kAhead);
+      if (k + kAhead < kSteps) streamed.load(n, k + kAhead);
       CUTE_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
         gemm(mma, fragment_a(_, m, k), streamed.fragment(_, 2 * n, k), acc(_, m, 2 * n));
@@ -184,7 +187,7 @@ __device__ __forceinline__ void gemm_streamed(Acc& acc, Mma mma, const FragmentA
 }
 
 // Both operands in shared memory.
-template <class Acc, class Mma, class OpA, class TileA, class OpB, class TileB>
+template <int kAhead, class Acc, class Mma, class OpA, class TileA, class OpB, class TileB>
 __device__ __forceinline__ void gemm_ss(Acc& acc, Mma mma, const Operand<OpA, TileA>& a,
                                         const Operand<OpB, TileB>& b, int thread) {
   using Element = typename TileA::value_type;
@@ -194,14 +197,14 @@ __device__ __forceinline__ void gemm_ss(Acc& acc, Mma mma, const Operand<OpA, Ti
   auto source_a = copy_a.partition_S(a.tile);
   auto target_a = copy_a.retile_D(fragment_a);
   const auto load_a = [&](int k) { copy(Atom{}, source_a(_, _, k), target_a(_, _, k)); };
-  gemm_streamed(acc, mma, fragment_a, load_a, b, thread);
+  gemm_streamed<kAhead>(acc, mma, fragment_a, load_a, b, thread);
 }
 
 // A already in registers.
-template <class Acc, class Mma, class FragmentA, class OpB, class TileB>
+template <int kAhead, class Acc, class Mma, class FragmentA, class OpB, class TileB>
 __device__ __forceinline__ void gemm_rs(Acc& acc, Mma mma, const FragmentA& fragment_a,
                                         const Operand<OpB, TileB>& b, int thread) {
-  gemm_streamed(acc, mma, fragment_a, [](int) {}, b, thread);
+  gemm_streamed<kAhead>(acc, mma, fragment_a, [](int) {}, b, thread);
 }
 
 // Reads the A fragments of a whole (M, K) tile.

@@ -13,36 +13,42 @@ template <class Element, int kHeadDim>
 struct Tiles;
 
 // ForwardTraits: head_dim, tile_m, tile_n, warps, Q in registers, stages
-// BackwardTraits: head_dim, tile_m, tile_n, warps, warps along the rows of S, KV, Q, stages, splits
+// BackwardTraits: head_dim, tile_m, tile_n, warps, warps along the rows of S, KV, Q, stages, shares
+// of S and dP
 template <class Element>
 struct Tiles<Element, 64> {
   using Forward = std::tuple<ForwardTraits<Element, 64, 128, 64, 4, true, 2>>;
-  using Backward = std::tuple<BackwardTraits<Element, 64, 64, 128, 4, 2, 4, 2, 2, 2>>;
+  using Backward =
+      std::tuple<BackwardTraits<Element, 64, 64, 128, 4, 2, 4, 2, 2, ScoreShares::kHalves>>;
 };
 template <class Element>
 struct Tiles<Element, 96> {
   using Forward = std::tuple<ForwardTraits<Element, 96, 128, 64, 4, false, 2>>;
-  using Backward = std::tuple<BackwardTraits<Element, 96, 64, 128, 8, 2, 4, 4, 2>,
-                              BackwardTraits<Element, 96, 64, 64, 4, 2, 2, 2, 1>>;
+  using Backward =
+      std::tuple<BackwardTraits<Element, 96, 64, 128, 8, 2, 4, 4, 3, ScoreShares::kWhole>,
+                 BackwardTraits<Element, 96, 64, 64, 4, 2, 2, 2, 1, ScoreShares::kWhole>>;
 };
 template <class Element>
 struct Tiles<Element, 128> {
   using Forward = std::tuple<ForwardTraits<Element, 128, 128, 64, 4, false, 2>>;
-  using Backward = std::tuple<BackwardTraits<Element, 128, 64, 128, 8, 2, 4, 2, 2>,
-                              BackwardTraits<Element, 128, 64, 64, 4, 2, 2, 2, 1>>;
+  using Backward =
+      std::tuple<BackwardTraits<Element, 128, 64, 128, 8, 2, 4, 2, 3, ScoreShares::kWhole>,
+                 BackwardTraits<Element, 128, 64, 64, 4, 2, 2, 2, 1, ScoreShares::kWhole>>;
 };
 template <class Element>
 struct Tiles<Element, 192> {
   using Forward = std::tuple<ForwardTraits<Element, 192, 64, 64, 4, false, 1>>;
-  using Backward = std::tuple<BackwardTraits<Element, 192, 64, 96, 8, 4, 2, 2, 2>,
-                              BackwardTraits<Element, 192, 32, 64, 8, 2, 2, 2, 1>>;
+  using Backward =
+      std::tuple<BackwardTraits<Element, 192, 64, 96, 8, 4, 2, 2, 2, ScoreShares::kWhole>,
+                 BackwardTraits<Element, 192, 32, 64, 8, 2, 2, 2, 1, ScoreShares::kWhole>>;
 };
 template <class Element>
 struct Tiles<Element, 256> {
   using Forward = std::tuple<ForwardTraits<Element, 256, 64, 64, 4, false, 1>>;
-  using Backward = std::tuple<BackwardTraits<Element, 256, 64, 64, 8, 2, 2, 2, 2>,
-                              BackwardTraits<Element, 256, 32, 64, 8, 2, 2, 2, 2>,
-                              BackwardTraits<Element, 256, 32, 32, 4, 2, 2, 2, 1>>;
+  using Backward =
+      std::tuple<BackwardTraits<Element, 256, 64, 64, 8, 2, 2, 2, 2, ScoreShares::kPaired>,
+                 BackwardTraits<Element, 256, 32, 64, 8, 2, 2, 2, 2, ScoreShares::kWhole>,
+                 BackwardTraits<Element, 256, 32, 32, 4, 2, 2, 2, 1, ScoreShares::kWhole>>;
 };
 
 // Adds one row of the table to the registry. One a file: the front end's time and memory grow with
