@@ -15,7 +15,7 @@ from .cases import Case, Inputs, UsageError
 from .providers import Provider, select_providers
 
 METHOD = (
-    "Providers take turns within each cell (round robin, the order rotates), {rounds} rounds of at "
+    "Providers take turns within each cell (the order rotates and reverses), {rounds} rounds of at "
     "most {iters} calls each; the whole grid is run in {passes} passes with fresh random inputs. "
     "ms is the median over all passes, every pass's own median is kept. eager: each of many "
     "back-to-back calls is timed by its own pair of CUDA events, host cost included where the host "
@@ -234,7 +234,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=cases.TOKENS, help="batch x seqlen")
     parser.add_argument("--hidden", type=int, default=cases.HIDDEN, help="heads x head dim")
     parser.add_argument("--passes", type=int, default=2, help="independent runs of the grid")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of a provider in a cell")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of a provider in a cell")
     parser.add_argument("--iters", type=int, default=10, help="most calls in a turn")
     parser.add_argument("--turn-ms", type=float, default=50.0, help="time budget of a turn")
     parser.add_argument("--quick", action="store_true",

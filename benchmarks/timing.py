@@ -11,7 +11,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -130,21 +130,32 @@ def calls_per_turn(clock, runner: Runner, limit: int, turn_ms: float) -> int:
     return max(min(MIN_CALLS_PER_TURN, limit), fitting)
 
 
+def turn_orders(runners: Sequence[Runner]) -> Iterator[list[Runner]]:
+    """Endless orders of the runners: rotations, each followed by its reverse.
+
+    In 2 n rounds every runner is as often first, and follows each neighbour as often as it precedes
+    it.
+    """
+    for turn in itertools.count():
+        shift = turn // 2 % max(1, len(runners))
+        order = [*runners[shift:], *runners[:shift]]
+        yield order if turn % 2 == 0 else order[::-1]
+
+
 def take_turns(clock, runners: Sequence[Runner], rounds: int, limit: int, turn_ms: float) -> None:
     """Fills each runner's ``samples`` (milliseconds) over ``rounds`` rounds.
 
     In a round every runner has one turn: one call that is not counted, then up to ``limit`` calls,
-    fewer (but at least 3) when they would exceed ``turn_ms``. The order rotates from round to
-    round, so that no runner always follows the same one.
+    fewer (but at least 3) when they would exceed ``turn_ms``. The order changes from round
+    to round (``turn_orders``): a runner that draws much power slows the one that follows it.
     """
     counts = {}
     for runner in runners:
         if runner.error is None:
             with recorded_failure(runner), runner.context():
                 counts[runner.name] = calls_per_turn(clock, runner, limit, turn_ms)
-    for turn in range(rounds):
-        shift = turn % max(1, len(runners))
-        for runner in [*runners[shift:], *runners[:shift]]:
+    for order in itertools.islice(turn_orders(runners), rounds):
+        for runner in order:
             if runner.error is None:
                 with recorded_failure(runner), runner.context():
                     samples = clock.time_calls(runner.calls, 1 + counts[runner.name])

@@ -148,11 +148,11 @@ class ScriptedClock:
 def test_turns_rotate_and_keep_to_the_budget():
     clock = ScriptedClock()
     runners = [timing.Runner(str(ms), [lambda ms=ms: ms]) for ms in (1.0, 20.0, 100.0)]
-    timing.take_turns(clock, runners, rounds=3, limit=10, turn_ms=100.0)
+    timing.take_turns(clock, runners, rounds=4, limit=10, turn_ms=100.0)
     measured = clock.turns[6:]  # two warm-up turns for each runner come first
-    assert [ms for ms, _ in measured] == [1, 20, 100, 20, 100, 1, 100, 1, 20]
+    assert [ms for ms, _ in measured] == [1, 20, 100, 100, 20, 1, 20, 100, 1, 1, 100, 20]
     assert dict(measured) == {1.0: 11, 20.0: 6, 100.0: 4}
-    assert [len(runner.samples) for runner in runners] == [30, 15, 9]
+    assert [len(runner.samples) for runner in runners] == [40, 20, 12]
 
 
 def test_an_unbounded_turn_takes_every_call():

@@ -32,9 +32,9 @@ struct BackwardTraits {
   static constexpr int kStages = kStages_;
   static constexpr int kScoreBuffers = kStages == 3 ? 2 : 1;
   static constexpr ScoreShares kScores = kScores_;
-  // Steps of K that fragments are read ahead. One where shared memory is the limit: more would only
-  // take registers.
-  static constexpr int kAhead = kHeadDim == 256 ? 1 : 2;
+  // Steps of K that fragments are read ahead. One where shared memory is the limit, or the loads
+  // are exposed anyway: more would only take registers.
+  static constexpr int kAhead = kHeadDim == 256 || kStages == 1 ? 1 : 2;
   static constexpr int kThreadsS = kScores == ScoreShares::kPaired ? kThreads / 2 : kThreads;
 
   using MmaS = typename WarpMma<Element, kWarpsRowsS, kThreadsS / 32 / kWarpsRowsS>::Type;
