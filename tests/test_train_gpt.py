@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -273,21 +274,24 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(text, tmp_path):
     assert [s for s, _ in state["history"]["train"]] == list(range(step + 3))
 
 
-# Mean over 100 steps, at a learning rate that amplifies rounding little: 0.001 to 0.007 (flash and
-# sdpa against eager attention); at the default rate either comes to 0.01 to 0.03. Scores half as
-# large again give over 0.05.
+# Mean over 100 steps, the median of three seeds: training amplifies rounding, at times to twice the
+# usual. It gives 0.004 to 0.01 here (flash and sdpa against eager attention); scores half as large
+# again give over 0.05.
 LOSS_TOLERANCE_BF16 = 0.025
 
 
 @pytest.mark.gpu
 def test_gpu_bf16_losses_agree_with_eager_attention_over_100_steps(text, tmp_path, monkeypatch):
-    options = ("--device", "cuda", "--hidden", "128", "--seqlen", "128", "--lr", "1e-3")
-    eager = train_losses(text, tmp_path, "eager", *options)
-    assert eager[-10:].mean() < eager[:10].mean() - 1.0
-    flash = train_losses(text, tmp_path, "flash", *options)
-    assert (flash - eager).abs().mean() < LOSS_TOLERANCE_BF16
+    options = ("--device", "cuda", "--hidden", "128", "--seqlen", "128")
+    differences = []
+    for seed in ("0", "1", "2"):
+        eager = train_losses(text, tmp_path, "eager", *options, "--seed", seed)
+        assert eager[-10:].mean() < eager[:10].mean() - 1.0
+        flash = train_losses(text, tmp_path, "flash", *options, "--seed", seed)
+        differences.append((flash - eager).abs().mean().item())
+    assert statistics.median(differences) < LOSS_TOLERANCE_BF16
 
     real = gpt.eager_attention
     monkeypatch.setitem(gpt.ATTENTIONS, "eager", lambda q, k, v: real(1.5 * q, k, v))
-    wrong = train_losses(text, tmp_path, "eager", *options)
+    wrong = train_losses(text, tmp_path, "eager", *options, "--seed", seed)
     assert (wrong - eager).abs().mean() > LOSS_TOLERANCE_BF16
