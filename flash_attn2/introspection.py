@@ -60,6 +60,7 @@ def plan(
     window_right: int = -1,
     deterministic: bool = False,
     gpu: str = "H200",
+    family: str = "",
 ) -> dict:
     """Which kernel serves a problem on a GPU, how it is launched, and why others were refused.
 
@@ -71,6 +72,8 @@ def plan(
             window_right = 0.
         deterministic: concerns the backward.
         gpu: name of a GPU; it need not be in this machine.
+        family: "sm80" or "sm90" for kernels of that family only; else what FLASH_ATTN2_FAMILY
+            says, or any.
 
     Returns:
         kernel (row name, None where none fits), family, tile_m, tile_n, threads, grid (blocks),
@@ -94,4 +97,5 @@ def plan(
         window_right,
         deterministic,
         gpu,
+        family,
     )

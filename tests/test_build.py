@@ -20,6 +20,7 @@ for folder in (ROOT / "tools", ROOT / "third_party"):
 
 import check_kernels  # noqa: E402
 import fetch_cutlass  # noqa: E402
+import nvcc_logged  # noqa: E402
 from cuda_build import command, limits, ptxas, settings, sources, toolchain  # noqa: E402
 from cuda_build.settings import BuildError, InstanceFilter  # noqa: E402
 
@@ -109,10 +110,30 @@ def csrc(tmp_path):
     ],
 )
 def test_filter_selects_instances_and_keeps_the_rest(csrc, text, instances):
-    selected = sources.select_sources(csrc, settings.parse_filter(text))
+    selected = sources.select_sources(csrc, settings.parse_filter(text), ("80", "90a"))
     assert {path.stem for path in selected if sources.is_instance(path)} == instances
     others = {path.name for path in selected if not sources.is_instance(path)}
     assert others == {"module.cpp", "plan.cpp", "preprocess.cu"}
+
+
+def test_sm90_sources_need_the_arch_they_are_for(csrc):
+    (csrc / "sm90" / "instances").mkdir(parents=True)
+    (csrc / "sm90" / "instances" / "bf16_d64_fwd_0.cu").touch()
+    for archs, expected in ((("80", "90a"), {"sm80", "sm90"}), (("80", "90"), {"sm80"})):
+        selected = sources.select_sources(csrc, InstanceFilter(), archs)
+        families = {path.parts[-3] for path in selected if sources.is_instance(path)}
+        assert families == expected
+
+
+def test_sm90_sources_are_compiled_for_sm_90a_alone():
+    flags = ["nvcc", *settings.gencode_flags(["80", "90a"]), "-c"]
+    assert nvcc_logged.for_its_archs([*flags, "/x/csrc/sm80/a.cu"])[1:3] == flags[1:3]
+    assert nvcc_logged.for_its_archs([*flags, "/x/csrc/sm90/a.cu"]) == [
+        "nvcc",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-c",
+        "/x/csrc/sm90/a.cu",
+    ]
 
 
 def test_filter_compares_whole_words():
@@ -130,11 +151,11 @@ def test_bad_filter_names_the_value(text):
 
 def test_filter_that_fits_nothing_lists_what_there_is(csrc):
     with pytest.raises(BuildError, match="fits no instance file; there are: bf16_d128"):
-        sources.select_sources(csrc, settings.parse_filter("d32"))
+        sources.select_sources(csrc, settings.parse_filter("d32"), ("80", "90a"))
 
 
 def test_the_projects_sources_are_found_and_kernels_know_no_torch():
-    selected = sources.select_sources(ROOT / "csrc", InstanceFilter())
+    selected = sources.select_sources(ROOT / "csrc", InstanceFilter(), ("80", "90a"))
     assert {"ops", "plan", "sm80"} <= {
         path.relative_to(ROOT / "csrc").parts[0] for path in selected
     }

@@ -3,7 +3,10 @@
 Needs the compiled extension, but no GPU.
 """
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -22,8 +25,10 @@ REASONS = (
     r"is for (float16|bfloat16), the inputs are (float16|bfloat16)",
     r"serves head_dim <= \d+, the inputs have \d+",
     r"needs sm_\d+, \w+ is sm_\d+",
+    r"runs up to sm_\d+, \w+ is sm_\d+",
+    r"is of family sm\d+, asked for is sm\d+",
     r"needs \d+ bytes of shared memory, \w+ gives a block \d+",
-    r"fits, but \w+ (has a smaller head_dim bucket|is preferred) \(.+\)",
+    r"fits, but \w+ (has a smaller head_dim bucket|is of a newer family|is preferred) \(.+\)",
 )
 
 
@@ -50,6 +55,11 @@ def plan_for(direction="forward", dtype=None, **sizes) -> dict:
         "head_dim": built(direction, dtype)[-1],
     }
     return flash_attn2.plan(direction, dtype=dtype, **{**problem, **sizes})
+
+
+def is_persistent(plan: dict) -> bool:
+    """Whether the kernel's grid has one thread block a multiprocessor at most."""
+    return KERNELS[plan["kernel"]]["persistent"]
 
 
 def round_up(value: int, step: int) -> int:
@@ -142,13 +152,67 @@ def test_description_names_the_kernel():
         assert plan["description"].startswith(f"{plan['kernel']}: grid {plan['grid']}, ")
 
 
+# Families -----------------------------------------------------------------------------------------
+
+HAS_SM90 = any(row["family"] == "sm90" for row in KERNELS.values())
+
+
+@pytest.mark.skipif(not HAS_SM90, reason="built without sm_90a")
+@pytest.mark.parametrize("gpu", GPUS)
+def test_hopper_kernels_serve_hopper_and_nothing_else(gpu):
+    plan = plan_for("forward", gpu=gpu)
+    arch = GPUS[gpu]["arch"]
+    assert plan["family"] == ("sm90" if arch == 90 else "sm80")
+    for entry in plan["refused"]:
+        row, reason = KERNELS[entry["kernel"]], entry["reason"]
+        if row["family"] == "sm90" and "needs sm_90" in reason:
+            assert arch < 90
+        if "runs up to sm_90" in reason:
+            assert row["family"] == "sm90" and arch > 90
+        if "is of a newer family (sm90 before sm80)" in reason:
+            assert row["family"] == "sm80" and arch == 90
+
+
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_a_family_can_be_asked_for(family):
+    plan = plan_for("forward", family=family)
+    reasons = {entry["kernel"]: entry["reason"] for entry in plan["refused"]}
+    if plan["kernel"] is not None:
+        assert plan["family"] == family
+    for row in KERNELS.values():
+        if row["family"] != family and row["name"] in reasons and row["direction"] == "forward":
+            assert "fits" not in reasons[row["name"]]
+
+
+def test_an_unknown_family_is_an_error():
+    with pytest.raises(ValueError, match=r"^family: is 'sm70', it must be 'sm80' or 'sm90'"):
+        plan_for("forward", family="sm70")
+
+
+def test_the_environment_names_a_family_once():
+    code = "import flash_attn2; print(flash_attn2.plan('forward', 1, 9, 9, 1, 1, {})['family'])"
+    head_dim = built("forward", EXTENSION.build_info()["dtypes"][0])[-1]
+    dtype = f"{head_dim}, dtype='{EXTENSION.build_info()['dtypes'][0]}'"
+
+    def run(family):
+        environ = {**os.environ, "FLASH_ATTN2_FAMILY": family}
+        return subprocess.run(
+            [sys.executable, "-c", code.format(dtype)], env=environ, capture_output=True, text=True
+        )
+
+    assert run("sm80").stdout.strip() == "sm80"
+    assert "FLASH_ATTN2_FAMILY: is 'hopper', it must be 'sm80' or 'sm90'" in run("hopper").stderr
+
+
 # Grid ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seqlen", [0, 1, 31, 32, 33, 127, 128, 129, 1000, 131072])
 def test_forward_grid_is_row_blocks_of_all_query_heads(seqlen):
     plan = plan_for("forward", seqlen_q=seqlen, seqlen_k=77, batch=3, heads_q=6, heads_k=2)
-    assert plan["grid"] == 3 * 6 * -(-seqlen // plan["tile_m"])
+    blocks = 3 * 6 * -(-seqlen // plan["tile_m"])
+    sm_count = GPUS["H200"]["sm_count"]
+    assert plan["grid"] == (min(blocks, sm_count) if is_persistent(plan) else blocks)
 
 
 @pytest.mark.parametrize("seqlen", [0, 1, 31, 32, 33, 127, 128, 129, 1000, 131072])
@@ -158,7 +222,9 @@ def test_backward_grid_is_column_blocks_of_all_kv_heads(seqlen):
 
 
 def test_large_grids_are_counted_in_64_bits():
-    plan = plan_for("forward", batch=1, heads_q=64, heads_k=64, seqlen_q=2**30, seqlen_k=1)
+    plan = plan_for(
+        "forward", batch=1, heads_q=64, heads_k=64, seqlen_q=2**30, seqlen_k=1, gpu="A100"
+    )
     assert plan["grid"] == 64 * 2**30 // plan["tile_m"]
 
 
@@ -179,17 +245,31 @@ def test_a_grid_that_cuda_cannot_launch_is_an_error(direction, seqlens, name):
 
 
 def group_for(seqlen_k, **sizes) -> int:
-    """heads_per_group on an H200 (60 MiB of L2), where a KV head takes 4 * seqlen_k * 64 bytes."""
-    return plan_for("forward", seqlen_k=seqlen_k, head_dim=64, gpu="H200", **sizes)[
-        "heads_per_group"
-    ]
+    """heads_per_group on an L4 (48 MiB of L2), where a KV head takes 4 * seqlen_k * 64 bytes."""
+    return plan_for("forward", seqlen_k=seqlen_k, head_dim=64, gpu="L4", **sizes)["heads_per_group"]
 
 
 def test_heads_per_group_fills_half_of_the_cache():
-    # 16384 keys: K and V of one head take 4 MiB, and 30 MiB hold 7 of them.
-    assert group_for(16384, batch=2, heads_q=16, heads_k=16) == 7
+    # 16384 keys: K and V of one head take 4 MiB, and 24 MiB hold 6 of them.
+    assert group_for(16384, batch=2, heads_q=16, heads_k=16) == 6
     # Groups of 4 query heads that share a KV head stay together.
-    assert group_for(16384, batch=2, heads_q=64, heads_k=16) == 28
+    assert group_for(16384, batch=2, heads_q=64, heads_k=16) == 24
+
+
+@pytest.mark.parametrize(
+    "heads_q, heads_k, expected",
+    [(8, 8, 16), (32, 32, 16), (20, 20, 14), (33, 33, 14), (32, 8, 16)],
+)
+def test_a_persistent_grid_takes_16_heads_or_more_in_groups_of_nearly_one_size(
+    heads_q, heads_k, expected
+):
+    # 2 batches; K and V of one head take 32 MiB, so none but these 16 would go together.
+    plan = plan_for(
+        "forward", seqlen_k=131072, head_dim=64, batch=2, heads_q=heads_q, heads_k=heads_k
+    )
+    if not is_persistent(plan):
+        pytest.skip("no persistent kernel in this build")
+    assert plan["heads_per_group"] == expected
 
 
 def test_heads_per_group_is_all_heads_when_they_fit():

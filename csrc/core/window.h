@@ -60,6 +60,13 @@ struct VisibleKeys {
     return {row_begin / tile_m, ceil_div(row_end, tile_m)};
   }
 
+  // Rows that see `key`, not yet cut to the sequence: [begin, end), and none past the keys' end.
+  FLASH_ATTN2_HOST_DEVICE BlockRange rows_of_key(int key) const {
+    const int row = key - (seqlen_k - seqlen_q);
+    if (key >= seqlen_k) return {0, 0};
+    return {right < 0 ? 0 : row - right, left < 0 ? seqlen_q : row + left + 1};
+  }
+
   // True when some (row, key) of the tile is hidden, or lies outside the sequences' keys.
   FLASH_ATTN2_HOST_DEVICE bool tile_needs_mask(int row_begin, int tile_m, int key_begin,
                                                int tile_n) const {

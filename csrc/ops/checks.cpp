@@ -102,6 +102,7 @@ Problem check_qkv(Direction direction, const at::Tensor& q, const at::Tensor& k,
       [&] { return make_shape(q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3)); });
   problem.window = make_window(window_left, window_right, problem.shape);
   problem.deterministic = deterministic;
+  problem.family = with_torch_error([] { return forced_family(); });
   return problem;
 }
 

@@ -59,6 +59,7 @@ py::list list_kernels() {
     kernel["tile_n"] = row.tile_n;
     kernel["threads"] = row.threads;
     kernel["smem_bytes"] = row.smem_bytes;
+    kernel["persistent"] = row.persistent;
     kernels.append(kernel);
   }
   return kernels;
@@ -110,14 +111,15 @@ py::dict plan_to_dict(const Problem& problem, const DeviceLimits& device) {
 
 py::dict plan(const std::string& direction, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
               int64_t heads_q, int64_t heads_k, int64_t head_dim, const std::string& dtype,
-              int64_t window_left, int64_t window_right, bool deterministic,
-              const std::string& gpu) {
+              int64_t window_left, int64_t window_right, bool deterministic, const std::string& gpu,
+              const std::string& family) {
   Problem problem;
   problem.direction = parse_direction(direction);
   problem.dtype = parse_dtype(dtype);
   problem.shape = make_shape(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim);
   problem.window = make_window(window_left, window_right, problem.shape);
   problem.deterministic = deterministic;
+  problem.family = family.empty() ? forced_family() : check_family("family", family);
   return plan_to_dict(problem, find_device(gpu));
 }
 
@@ -162,5 +164,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("direction"), py::arg("batch"), py::arg("seqlen_q"), py::arg("seqlen_k"),
       py::arg("heads_q"), py::arg("heads_k"), py::arg("head_dim"), py::arg("dtype") = "bfloat16",
       py::arg("window_left") = -1, py::arg("window_right") = -1, py::arg("deterministic") = false,
-      py::arg("gpu") = "H200");
+      py::arg("gpu") = "H200", py::arg("family") = "");
 }

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 
@@ -12,6 +13,7 @@ constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 constexpr int64_t kMaxLengthSum = kMaxInt - 1024;
 constexpr int64_t kWorkspaceAlignment = 256;
 constexpr int64_t kBytesPerElement = 2;  // fp16 and bf16
+constexpr int64_t kPersistentHeads = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -26,12 +28,15 @@ void require_range(const char* what, int64_t value, int64_t low, int64_t high) {
 
 bool serves(const KernelRow& row, const Problem& problem, const DeviceLimits& device) {
   return row.direction == problem.direction && row.dtype == problem.dtype &&
-         row.head_dim >= problem.shape.head_dim && row.min_arch <= device.arch &&
-         row.smem_bytes <= device.smem_per_block_optin;
+         row.head_dim >= problem.shape.head_dim &&
+         (problem.family.empty() || problem.family == row.family) && row.min_arch <= device.arch &&
+         device.arch <= row.max_arch && row.smem_bytes <= device.smem_per_block_optin;
 }
 
 bool better(const KernelRow& a, const KernelRow& b) {
-  return a.head_dim != b.head_dim ? a.head_dim < b.head_dim : a.preference < b.preference;
+  if (a.head_dim != b.head_dim) return a.head_dim < b.head_dim;
+  if (a.min_arch != b.min_arch) return a.min_arch > b.min_arch;
+  return a.preference < b.preference;
 }
 
 const KernelRow* choose(const Problem& problem, const DeviceLimits& device) {
@@ -56,8 +61,15 @@ std::string refusal_reason(const KernelRow& row, const KernelRow* chosen, const 
     return "serves head_dim <= " + std::to_string(row.head_dim) + ", the inputs have " +
            std::to_string(problem.shape.head_dim);
   }
+  if (!problem.family.empty() && problem.family != row.family) {
+    return "is of family " + row.family + ", asked for is " + std::string(problem.family);
+  }
   if (row.min_arch > device.arch) {
     return "needs sm_" + std::to_string(row.min_arch) + ", " + device.name + " is sm_" +
+           std::to_string(device.arch);
+  }
+  if (row.max_arch < device.arch) {
+    return "runs up to sm_" + std::to_string(row.max_arch) + ", " + device.name + " is sm_" +
            std::to_string(device.arch);
   }
   if (row.smem_bytes > device.smem_per_block_optin) {
@@ -67,6 +79,10 @@ std::string refusal_reason(const KernelRow& row, const KernelRow* chosen, const 
   if (row.head_dim > chosen->head_dim) {
     return "fits, but " + chosen->name + " has a smaller head_dim bucket (" +
            std::to_string(chosen->head_dim) + " < " + std::to_string(row.head_dim) + ")";
+  }
+  if (row.min_arch < chosen->min_arch) {
+    return "fits, but " + chosen->name + " is of a newer family (" + chosen->family + " before " +
+           row.family + ")";
   }
   return "fits, but " + chosen->name + " is preferred (" + std::to_string(chosen->preference) +
          " before " + std::to_string(row.preference) + ")";
@@ -89,13 +105,22 @@ int64_t count_blocks(const char* length_name, int64_t length, int tile, int64_t 
 // How many query heads may run side by side so that their K and V stay in half of the L2 cache;
 // the other half is for Q, out and whatever else passes. Whole groups of query heads that share a
 // KV head, one at least.
-int heads_that_share_l2(const AttentionShape& shape, int64_t l2_bytes) {
+// A persistent grid has its tiles shared out beforehand, which comes out even only when a group has
+// many more tiles than the grid thread blocks: at least 16 heads, still few enough for all thread
+// blocks of one head to take turns with what one of them read, and groups of nearly equal size.
+int heads_that_share_l2(const AttentionShape& shape, int64_t l2_bytes, bool persistent) {
   const int64_t query_heads = int64_t{shape.batch} * shape.heads_q;
   const int64_t group = shape.heads_q / shape.heads_k;
   const int64_t kv_head_bytes = 2 * kBytesPerElement * shape.seqlen_k * shape.head_dim;
   if (kv_head_bytes == 0) return static_cast<int>(std::max<int64_t>(query_heads, 1));
   const int64_t kv_heads = std::max<int64_t>(l2_bytes / 2 / kv_head_bytes, 1);
-  return static_cast<int>(std::max<int64_t>(std::min(kv_heads * group, query_heads), 1));
+  int64_t heads = kv_heads * group;
+  if (persistent) {
+    heads = std::max(heads, ceil_div(kPersistentHeads, group) * group);
+    const int64_t groups = ceil_div(std::max<int64_t>(query_heads, 1), heads);
+    heads = ceil_div(ceil_div(query_heads, groups), group) * group;
+  }
+  return static_cast<int>(std::max<int64_t>(std::min(heads, query_heads), 1));
 }
 
 Workspace lay_out(const KernelRow& row, const Problem& problem) {
@@ -155,6 +180,20 @@ Window make_window(int64_t left, int64_t right, const AttentionShape& shape) {
   return window;
 }
 
+std::string_view check_family(const char* what, std::string_view name) {
+  if (name.empty() || name == "sm80" || name == "sm90") return name;
+  throw std::invalid_argument(std::string(what) + ": is '" + std::string(name) +
+                              "', it must be 'sm80' or 'sm90'");
+}
+
+std::string_view forced_family() {
+  static const std::string_view family = [] {
+    const char* const value = std::getenv("FLASH_ATTN2_FAMILY");
+    return check_family("FLASH_ATTN2_FAMILY", value == nullptr ? "" : value);
+  }();
+  return family;
+}
+
 Plan make_plan(const Problem& problem, const DeviceLimits& device) {
   Plan plan;
   plan.row = choose(problem, device);
@@ -165,8 +204,8 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
       count_blocks("seqlen_q", shape.seqlen_q, row.tile_m, int64_t{shape.batch} * shape.heads_q);
   plan.launch.smem_bytes = row.smem_bytes;
   if (problem.direction == Direction::kForward) {
-    plan.launch.grid = row_blocks;
-    plan.heads_per_group = heads_that_share_l2(shape, device.l2_bytes);
+    plan.launch.grid = row.persistent ? std::min<int64_t>(row_blocks, device.sm_count) : row_blocks;
+    plan.heads_per_group = heads_that_share_l2(shape, device.l2_bytes, row.persistent);
   } else {
     plan.launch.grid =
         count_blocks("seqlen_k", shape.seqlen_k, row.tile_n, int64_t{shape.batch} * shape.heads_k);

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "../core/params.h"
@@ -24,6 +25,7 @@ struct Problem {
   AttentionShape shape;
   Window window;  // normalised, see make_window
   bool deterministic = false;
+  std::string_view family;  // "sm80": kernels of that family only; empty: any
 };
 
 // Byte offsets into the backward's one workspace allocation, each a multiple of 256; the arrays'
@@ -61,9 +63,14 @@ AttentionShape make_shape(int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int
 // query of this shape, becomes -1 (no bound), so what is left fits in an int.
 Window make_window(int64_t left, int64_t right, const AttentionShape& shape);
 
-// Among the rows that can serve: the smallest head dim bucket, then the lowest preference, then
-// the first registered. row is null when there is none. Throws std::invalid_argument when a grid
-// would pass kMaxGrid.
+// The family that FLASH_ATTN2_FAMILY asks for (read once), empty where it is not set; or `name`
+// itself. Throws std::invalid_argument for a name that no family has.
+std::string_view forced_family();
+std::string_view check_family(const char* what, std::string_view name);
+
+// Among the rows that can serve: the smallest head dim bucket, then the newest family, then the
+// lowest preference, then the first registered. row is null when there is none. Throws
+// std::invalid_argument when a grid would pass kMaxGrid.
 Plan make_plan(const Problem& problem, const DeviceLimits& device);
 
 // Every row except the one that make_plan chooses, with the reason.

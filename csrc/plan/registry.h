@@ -1,7 +1,8 @@
-// The list of compiled kernels. Each instance file (csrc/sm80/instances/*.cu) adds its rows at load
+// The list of compiled kernels. Each instance file (csrc/*/instances/*.cu) adds its rows at load
 // time; the plan reads the list, and list_kernels() shows it.
 #pragma once
 
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -32,8 +33,10 @@ struct KernelRow {
   int tile_m, tile_n;
   int threads;
   int smem_bytes;  // dynamic shared memory of one thread block
-  int min_arch;    // 80: runs from sm_80 on
-  int preference;  // among rows that fit, the lowest wins
+  int min_arch;    // 80: runs from sm_80 on; of two families that fit, the newer one wins
+  int max_arch = std::numeric_limits<int>::max();  // 90: runs up to sm_90
+  bool persistent = false;  // the grid has one thread block a multiprocessor at most
+  int preference;           // among rows of a family that fit, the lowest wins
   // The launches enqueue every kernel of the pass (backward: pre-process, main, dQ post-process)
   // on the stream and throw std::runtime_error with CUDA's message when a launch fails. An empty
   // grid launches nothing.

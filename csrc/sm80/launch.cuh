@@ -2,45 +2,12 @@
 #pragma once
 
 #include "../common/backward_preprocess.h"
+#include "../core/kernel_row.h"
 #include "../core/launch.h"
-#include "../plan/registry.h"
 #include "backward_kernel.cuh"
 #include "forward_kernel.cuh"
 
 namespace flash_attn2::sm80 {
-
-template <class Element>
-struct DTypeOf;
-template <>
-struct DTypeOf<cutlass::half_t> {
-  static constexpr DType kValue = DType::kFloat16;
-  static constexpr const char* kName = "fp16";
-};
-template <>
-struct DTypeOf<cutlass::bfloat16_t> {
-  static constexpr DType kValue = DType::kBFloat16;
-  static constexpr const char* kName = "bf16";
-};
-
-template <class Traits>
-KernelRow describe(Direction direction, int preference) {
-  using DTypeTraits = DTypeOf<typename Traits::Element>;
-  KernelRow row;
-  row.name = std::string("sm80_") + (direction == Direction::kForward ? "fwd_" : "bwd_") +
-             DTypeTraits::kName + "_d" + std::to_string(Traits::kHeadDim) + "_" +
-             std::to_string(Traits::kTileM) + "x" + std::to_string(Traits::kTileN);
-  row.family = "sm80";
-  row.direction = direction;
-  row.dtype = DTypeTraits::kValue;
-  row.head_dim = Traits::kHeadDim;
-  row.tile_m = Traits::kTileM;
-  row.tile_n = Traits::kTileN;
-  row.threads = Traits::kThreads;
-  row.smem_bytes = Traits::kSmemBytes;
-  row.min_arch = 80;
-  row.preference = preference;
-  return row;
-}
 
 template <class Traits>
 void launch_forward(const ForwardParams& params, const LaunchConfig& config, CUstream_st* stream) {
@@ -69,14 +36,14 @@ void launch_backward(const BackwardParams& params, const LaunchConfig& config,
 
 template <class Traits>
 KernelRow forward_row(int preference) {
-  KernelRow row = describe<Traits>(Direction::kForward, preference);
+  KernelRow row = describe<Traits>("sm80", 80, Direction::kForward, preference);
   row.forward = launch_forward<Traits>;
   return row;
 }
 
 template <class Traits>
 KernelRow backward_row(int preference) {
-  KernelRow row = describe<Traits>(Direction::kBackward, preference);
+  KernelRow row = describe<Traits>("sm80", 80, Direction::kBackward, preference);
   row.backward = launch_backward<Traits>;
   return row;
 }

@@ -66,7 +66,7 @@ class BuildCudaExtension(build_ext):
         toolkit = find_fitting_toolkit(torch)
         archs = settings.choose_archs(os.environ, gpu_capabilities(torch))
         chosen = sources.select_sources(
-            CSRC, settings.parse_filter(os.environ.get("FLASH_ATTN2_FILTER", ""))
+            CSRC, settings.parse_filter(os.environ.get("FLASH_ATTN2_FILTER", "")), archs
         )
         set_tool_environment(toolkit)
         print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .settings import BuildError, InstanceFilter
@@ -12,9 +13,14 @@ def is_instance(source: Path) -> bool:
     return source.parent.name == "instances"
 
 
-def select_sources(csrc: Path, instance_filter: InstanceFilter) -> list[Path]:
-    """All .cpp and .cu files under ``csrc``, less the instance files the filter leaves out."""
+def select_sources(csrc: Path, instance_filter: InstanceFilter, archs: Sequence[str]) -> list[Path]:
+    """All .cpp and .cu files under ``csrc``, less the instance files the filter leaves out.
+
+    The sm90 family is code for sm_90a alone: without that arch its kernels are left out as well.
+    """
     sources = [path for pattern in ("*.cpp", "*.cu") for path in csrc.rglob(pattern)]
+    if "90a" not in archs:
+        sources = [path for path in sources if "sm90" not in path.relative_to(csrc).parts]
     instances = [path for path in sources if is_instance(path)]
     chosen = [path for path in instances if instance_filter.accepts(path)]
     if instances and not chosen:

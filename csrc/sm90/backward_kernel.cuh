@@ -1,0 +1,46 @@
+// Backward pass on wgmma and TMA (FlashAttention-2, section 3, algorithm 2; parallel over key
+// blocks).
+//
+// A thread block owns kTileN keys of one KV head, for which the query blocks of every query head of
+// the group stream by. One warpgroup loads, two compute; they meet in backward_barriers.h only.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "backward_consumer.cuh"
+#include "backward_producer.cuh"
+
+namespace flash_attn2::sm90 {
+
+// A thread block's place in the grid is its index. Where dQ is summed in a fixed order, blocks draw
+// their place from a counter instead: a block then only ever waits for blocks that have already
+// started.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    backward_kernel(const __grid_constant__ BackwardArguments arguments) {
+  extern __shared__ __align__(1024) unsigned char raw_smem[];
+  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(raw_smem);
+  const BackwardParams& params = arguments.params;
+  const bool ordered = params.dq_turn != nullptr;
+  if (threadIdx.x == 0) {
+    smem.barriers.init();
+    if (ordered) smem.index = atomicAdd(params.ticket, 1);
+  }
+  __syncthreads();
+  const int64_t index = ordered ? smem.index : blockIdx.x;
+  const int group = cutlass::canonical_warp_group_idx();
+  // The work is made after setmaxnreg, so that it takes registers of the new share.
+  if (group == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (threadIdx.x == 0) {
+      BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.run();
+    } else if (ordered && threadIdx.x == 32) {
+      BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.keep_turns();
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    BackwardConsumer<Traits>(arguments, smem, BackwardWork<Traits>(params, index), group - 1).run();
+  }
+}
+
+}  // namespace flash_attn2::sm90

@@ -1,0 +1,96 @@
+// The producer warpgroup of the sm90 backward: one thread that loads, and in deterministic mode one
+// that keeps the turns.
+#pragma once
+
+#include "backward_traits.cuh"
+
+namespace flash_attn2::sm90 {
+
+// TMA loads of K and V once, and of Q, dO, LSE and delta for every step.
+template <class Traits>
+struct BackwardProducer {
+  using Element = typename Traits::Element;
+  const BackwardArguments& arguments;
+  typename Traits::SharedStorage& smem;
+  const BackwardWork<Traits> work;
+
+  // Announces the bytes that `full` is to count and returns it.
+  __device__ __forceinline__ static uint64_t* open(LoadBarrier& full, int bytes) {
+    full.arrive_and_expect_tx(bytes);
+    return reinterpret_cast<uint64_t*>(&full);
+  }
+
+  __device__ __forceinline__ void load_k() const {
+    tma_load<Traits::kTileN, Traits::kHeadDim, Traits::kBoxK>(
+        arguments.k, open(smem.barriers.k_full, sizeof(smem.k)), smem.k,
+        {work.key_begin, work.coord.head, work.coord.batch});
+  }
+  __device__ __forceinline__ void load_v() const {
+    tma_load<Traits::kTileN, Traits::kHeadDimV, Traits::kBoxV>(
+        arguments.v, open(smem.barriers.v_full, sizeof(smem.v)), smem.v,
+        {work.key_begin, work.coord.head, work.coord.batch});
+  }
+  __device__ __forceinline__ void load_q(const QueryStep& at, int stage) const {
+    uint64_t* full = open(smem.barriers.q_full[stage], sizeof(smem.q[0]) + sizeof(smem.lse[0]));
+    tma_load<Traits::kTileM, Traits::kHeadDim, Traits::kBoxQ>(
+        arguments.q, full, smem.q[stage], {at.block * Traits::kTileM, at.head, work.coord.batch});
+    load_row(arguments.params.lse_log2, full, smem.lse[stage], at);
+  }
+  __device__ __forceinline__ void load_dout(const QueryStep& at, int stage) const {
+    uint64_t* full =
+        open(smem.barriers.dout_full[stage], sizeof(smem.dout[0]) + sizeof(smem.delta[0]));
+    tma_load<Traits::kTileM, Traits::kHeadDimV, Traits::kBoxV>(
+        arguments.dout, full, smem.dout[stage],
+        {at.block * Traits::kTileM, at.head, work.coord.batch});
+    load_row(arguments.params.delta, full, smem.delta[stage], at);
+  }
+  // kTileM floats of one of the workspace's (batch, heads_q, seqlen_q_rounded) arrays.
+  __device__ __forceinline__ void load_row(const float* source, uint64_t* full, float* target,
+                                           const QueryStep& at) const {
+    SM90_BULK_COPY_G2S::copy(
+        source + query_tile<Traits>(arguments.params, work.coord.batch, at) * Traits::kTileM, full,
+        target, Traits::kTileM * int(sizeof(float)));
+  }
+
+  __device__ __forceinline__ void run() const {
+    if (work.steps == 0) return;
+    QueryStep at = QueryStep::first(work);
+    load_k();  // in the order in which the consumers want them
+    load_q(at, 0);
+    load_v();
+    load_dout(at, 0);
+    CUTE_NO_UNROLL
+    for (int step = 1; step < work.steps; ++step) {
+      at = at.next(work.blocks);
+      const Ring<Traits::kStages> ring{uint32_t(step)};
+      smem.barriers.stage_empty[ring.stage()].wait(ring.parity() ^ 1);
+      load_q(at, ring.stage());
+      load_dout(at, ring.stage());
+    }
+  }
+
+  // Deterministic mode: key blocks add to a dQ tile one after the other, in the order of the keys;
+  // the tile's counter is the number of those that have. The fence, which waits for the adds to
+  // arrive, and the polling are here so that the consumers never stall for them.
+  __device__ __forceinline__ void keep_turns() const {
+    const BackwardParams& params = arguments.params;
+    const VisibleKeys visible(params.shape, params.window);
+    QueryStep at = QueryStep::first(work);
+    CUTE_NO_UNROLL
+    for (int step = 0; step < work.steps; ++step, at = at.next(work.blocks)) {
+      const int first =
+          visible.key_blocks(at.block * Traits::kTileM, Traits::kTileM, Traits::kTileN).begin;
+      int* added = params.dq_turn + query_tile<Traits>(params, work.coord.batch, at);
+      int count;
+      do {
+        asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(count) : "l"(added) : "memory");
+      } while (count != work.coord.block - first);
+      smem.barriers.turn_come.arrive();
+      smem.barriers.turn_used.wait(step & 1);
+      __threadfence();
+      asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(added), "r"(count + 1) : "memory");
+    }
+  }
+};
+
+}  // namespace flash_attn2::sm90

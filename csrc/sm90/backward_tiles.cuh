@@ -1,0 +1,44 @@
+// The tile table of the sm90 backward: for every head dim the tiles in order of preference.
+#pragma once
+
+#include <tuple>
+
+#include "backward_launch.cuh"
+
+namespace flash_attn2::sm90 {
+
+template <class Element, int kHeadDim>
+struct BackwardTiles;
+
+// BackwardTraits: head_dim, tile_m, tile_n, what the consumers share
+template <class Element>
+struct BackwardTiles<Element, 64> {
+  using Rows = std::tuple<BackwardTraits<Element, 64, 128, 128, ConsumerSplit::kKeys>>;
+};
+template <class Element>
+struct BackwardTiles<Element, 96> {
+  using Rows = std::tuple<BackwardTraits<Element, 96, 64, 128, ConsumerSplit::kKeys>>;
+};
+template <class Element>
+struct BackwardTiles<Element, 128> {
+  using Rows = std::tuple<BackwardTraits<Element, 128, 64, 128, ConsumerSplit::kKeys>>;
+};
+template <class Element>
+struct BackwardTiles<Element, 192> {
+  using Rows = std::tuple<BackwardTraits<Element, 192, 64, 64, ConsumerSplit::kColumns>>;
+};
+template <class Element>
+struct BackwardTiles<Element, 256> {
+  using Rows = std::tuple<BackwardTraits<Element, 256, 64, 64, ConsumerSplit::kColumns>>;
+};
+
+// Adds one row of the table to the registry; one a file.
+template <class Element, int kHeadDim, int kRow>
+struct RegisterBackward {
+  RegisterBackward() {
+    using Rows = typename BackwardTiles<Element, kHeadDim>::Rows;
+    RegisterKernel(backward_row<std::tuple_element_t<kRow, Rows>>(kRow));
+  }
+};
+
+}  // namespace flash_attn2::sm90

@@ -1,0 +1,129 @@
+// Types, shared memory and work of one sm90 backward kernel.
+#pragma once
+
+#include "gemm.cuh"  // before whatever else includes cute
+//
+#include "../core/mask.cuh"
+#include "../core/schedule.cuh"
+#include "../core/softmax.cuh"
+#include "backward_barriers.h"
+
+namespace flash_attn2::sm90 {
+
+// How the two consumers share the dK and dV (keys x columns) of a thread block.
+enum class ConsumerSplit {
+  kKeys,     // 64 keys each: P^T and dS^T stay in registers as the A operands of dV and dK
+  kColumns,  // half of the columns of the same 64 keys: half of the queries of S^T and dP^T each,
+             // and P and dS meet in shared memory. For head dims whose dK and dV of 64 keys fill
+             // more registers than a warpgroup has
+};
+
+template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, ConsumerSplit kSplit_>
+struct BackwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDim_;
+  static constexpr int kTileM = kTileM_;
+  static constexpr int kTileN = kTileN_;
+  static constexpr bool kSplitKeys = kSplit_ == ConsumerSplit::kKeys;
+  static constexpr int kStages = 2;  // of Q and dO
+  static constexpr int kThreads = (kConsumers + 1) * kWarpGroupThreads;
+  // setmaxnreg: 128 * (24 + 2 * 240) of 64K registers.
+  static constexpr int kProducerRegisters = kSplitKeys ? 24 : 40;
+  static constexpr int kConsumerRegisters = kSplitKeys ? 240 : 232;
+
+  // One consumer's share of S^T and dP^T, of dK and dV, and of dQ.
+  static constexpr int kKeys = 64;
+  static constexpr int kQueries = kSplitKeys ? kTileM : kTileM / kConsumers;
+  static constexpr int kDkColumns = kSplitKeys ? kHeadDim : kHeadDim / kConsumers;
+  static constexpr int kDvColumns = kSplitKeys ? kHeadDimV : kHeadDimV / kConsumers;
+  static constexpr bool kSplitDqRows = kTileM == 128;
+  static constexpr int kDqRows = kSplitDqRows ? kTileM / kConsumers : kTileM;
+  static constexpr int kDqColumns = kSplitDqRows ? kHeadDim : kHeadDim / kConsumers;
+  static constexpr int kDqElements = kTileM * kHeadDim;
+  static_assert(kTileN == (kSplitKeys ? kConsumers * kKeys : kKeys) && kDqRows == 64);
+
+  // Buffers of dS (and P). A consumer that has passed scores_full of step n - 1 knows that all
+  // warps have finished step n - 2, whose last read was of the dS of step n - 3 (kKeys: dQ runs one
+  // step late) or n - 2 (kColumns); it then writes that of step n.
+  static constexpr int kScoreBuffers = kSplitKeys ? 3 : 2;
+
+  // Columns of a slab of shared memory: consumers' shares are whole slabs.
+  static constexpr int kBoxQ = kBoxColumns<kDkColumns>;
+  static constexpr int kBoxK = kBoxColumns<kDqColumns>;  // also of dK
+  static constexpr int kBoxV = kBoxColumns<kDvColumns>;  // also of dO and dV
+
+  using MmaS = SmemMma<Element, kKeys, kQueries, Major::K, Major::K>;  // S^T, dP^T
+  using MmaDk = std::conditional_t<kSplitKeys, RegisterMma<Element, kKeys, kDkColumns, Major::MN>,
+                                   SmemMma<Element, kKeys, kDkColumns, Major::MN, Major::MN>>;
+  using MmaDv = std::conditional_t<kSplitKeys, RegisterMma<Element, kKeys, kDvColumns, Major::MN>,
+                                   SmemMma<Element, kKeys, kDvColumns, Major::MN, Major::MN>>;
+  using MmaDq = SmemMma<Element, kDqRows, kDqColumns, Major::K, Major::MN>;
+
+  struct SharedStorage {
+    alignas(1024) Element k[kTileN * kHeadDim];   // dK on its way out
+    alignas(1024) Element v[kTileN * kHeadDimV];  // dV on its way out
+    alignas(1024) Element q[kStages][kTileM * kHeadDim];
+    alignas(1024) Element dout[kStages][kTileM * kHeadDimV];
+    alignas(1024) Element ds[kScoreBuffers][kTileM * kTileN];
+    alignas(1024) Element p[kSplitKeys ? 1 : kScoreBuffers][kSplitKeys ? 1 : kTileM * kTileN];
+    alignas(128) float lse[kStages][kTileM];
+    alignas(128) float delta[kStages][kTileM];
+    BackwardBarriers<kStages, kScoreBuffers> barriers;
+    int index;  // the thread block's place in the grid
+  };
+  static constexpr int kSmemBytes = int(sizeof(SharedStorage));
+  static_assert(kSmemBytes <= 227 * 1024);
+};
+
+struct BackwardArguments {
+  CUtensorMap q, k, v, dout, dk, dv;  // boxes of kTileM, kTileN, kTileN, kTileM, kKeys, kKeys rows
+  BackwardParams params;
+};
+
+// What a thread block works on: key block `coord.block` of KV head `coord.head`, for `steps` pairs
+// of (query head of the group, query block).
+template <class Traits>
+struct BackwardWork {
+  TileCoord coord;
+  int group;  // query heads of the KV head
+  BlockRange blocks;
+  int steps, key_begin;
+
+  __device__ __forceinline__ BackwardWork(const BackwardParams& params, int64_t index)
+      : coord(backward_tile(index, ceil_div(params.shape.seqlen_k, Traits::kTileN),
+                            params.shape.heads_k)),
+        group(params.shape.heads_q / params.shape.heads_k),
+        key_begin(coord.block * Traits::kTileN) {
+    blocks = VisibleKeys(params.shape, params.window)
+                 .query_blocks(key_begin, Traits::kTileM, Traits::kTileN);
+    steps = group * max(blocks.end - blocks.begin, 0);
+  }
+};
+
+// A step of the walk: the query blocks of the group's first head, last block first, then of the
+// next head. Backwards, because thread blocks start in the order of their keys: under a causal
+// mask or a window, where turns count (deterministic mode), a later key block then meets a query
+// block later, so it finds the earlier ones gone.
+struct QueryStep {
+  int head, block;
+
+  template <class Traits>
+  __device__ __forceinline__ static QueryStep first(const BackwardWork<Traits>& work) {
+    return {work.coord.head * work.group, work.blocks.end - 1};
+  }
+  __device__ __forceinline__ QueryStep next(const BlockRange& blocks) const {
+    return block > blocks.begin ? QueryStep{head, block - 1} : QueryStep{head + 1, blocks.end - 1};
+  }
+};
+
+// The step's tile in the workspace's (batch, heads_q, seqlen_q_rounded / kTileM) arrays.
+template <class Traits>
+__device__ __forceinline__ int64_t query_tile(const BackwardParams& params, int batch,
+                                              const QueryStep& at) {
+  return (int64_t(batch) * params.shape.heads_q + at.head) *
+             ceil_div(params.shape.seqlen_q, Traits::kTileM) +
+         at.block;
+}
+
+}  // namespace flash_attn2::sm90

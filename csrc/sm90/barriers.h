@@ -1,0 +1,90 @@
+// Every barrier of the sm90 forward: who arrives, who waits, how often.
+//
+// mbarriers (shared memory; the producer is one thread, a consumer warp arrives with one lane):
+//
+//   barrier      arrivals a phase            completes when                    who waits
+//   q_full[w]    1 (producer) + bytes        Q's 64 rows of group w are there  group w
+//   q_empty[w]   4 (warps of group w)        group w no longer needs them      producer
+//   k_full[s]    1 (producer) + bytes        stage s holds a block of K        every group
+//   k_empty[s]   4 * kGroups                 every group has read stage s      producer
+//   v_full[s], v_empty[s]                    the same for V
+//
+// A waiter of "full" starts with parity 0, a waiter of "empty" with parity 1 (the phase before the
+// first: buffers start empty). Each side counts the uses itself, see Ring.
+//
+// Named barriers (hardware; 0 is __syncthreads):
+//
+//   turn(w)      256: group w waits (128), the group before it arrives (128). Ping-pong: whoever
+//   has
+//                the turn issues its products, then passes it on, so that the softmax of one
+//                group runs under the products of another. Every group takes one turn per key block
+//                of the thread block's tile, whether or not its rows see the block.
+//   rows(w)      128: group w alone, before the output overwrites Q.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cstdint>
+
+namespace flash_attn2::sm90 {
+
+using Barrier = cutlass::arch::ClusterBarrier;
+using LoadBarrier = cutlass::arch::ClusterTransactionBarrier;
+
+inline constexpr int kWarpGroupThreads = 128;
+inline constexpr int kWarpsPerGroup = 4;
+
+template <int kGroups, int kStages>
+struct ForwardBarriers {
+  LoadBarrier q_full[kGroups];
+  Barrier q_empty[kGroups];
+  LoadBarrier k_full[kStages], v_full[kStages];
+  Barrier k_empty[kStages], v_empty[kStages];
+
+  // By one thread, before any use; __syncthreads afterwards.
+  __device__ void init() {
+    for (int group = 0; group < kGroups; ++group) {
+      q_full[group].init(1);
+      q_empty[group].init(kWarpsPerGroup);
+    }
+    for (int stage = 0; stage < kStages; ++stage) {
+      k_full[stage].init(1);
+      v_full[stage].init(1);
+      k_empty[stage].init(kWarpsPerGroup * kGroups);
+      v_empty[stage].init(kWarpsPerGroup * kGroups);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+};
+
+// The n-th use of a ring of kStages buffers.
+template <int kStages>
+struct Ring {
+  uint32_t use = 0;
+
+  __device__ __forceinline__ int stage() const { return int(use % kStages); }
+  __device__ __forceinline__ uint32_t parity() const { return use / kStages & 1; }
+};
+
+// The ping-pong between groups.
+template <int kGroups>
+struct Turns {
+  // The last group hands the first turn to group 0. Once per thread block.
+  __device__ __forceinline__ static void start(int group) {
+    if (group == kGroups - 1) pass(group);
+  }
+  __device__ __forceinline__ static void wait(int group) {
+    cutlass::arch::NamedBarrier::sync(2 * kWarpGroupThreads, group);
+  }
+  __device__ __forceinline__ static void pass(int group) {
+    cutlass::arch::NamedBarrier::arrive(2 * kWarpGroupThreads,
+                                        group + 1 == kGroups ? 0 : group + 1);
+  }
+};
+
+template <int kGroups>
+__device__ __forceinline__ void sync_rows(int group) {
+  cutlass::arch::NamedBarrier::sync(kWarpGroupThreads, kGroups + group);
+}
+
+}  // namespace flash_attn2::sm90

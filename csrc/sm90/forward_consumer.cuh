@@ -1,0 +1,265 @@
+// A consumer warpgroup of the sm90 forward: 64 query rows of every tile (steps F2 to F7).
+#pragma once
+
+#include "forward_traits.cuh"
+#include "softmax.cuh"
+
+#include "../core/mask.cuh"
+
+namespace flash_attn2::sm90 {
+
+// One thread's accumulators of a 64-row wgmma, ((2, 2, N / 8), 1, 1), seen as (rows, columns).
+template <class Acc>
+__device__ __forceinline__ auto rows_columns(Acc& acc) {
+  const auto layout = acc.layout();
+  return make_tensor(acc.data(), make_layout(get<0, 1>(layout),
+                                             make_layout(get<0, 0>(layout), get<0, 2>(layout))));
+}
+
+// Rounds accumulators to the element type, two at a time.
+template <class Acc, class Rounded>
+__device__ __forceinline__ void round_to(const Acc& acc, Rounded& rounded) {
+  using Element = typename Rounded::value_type;
+  const auto pairs = recast<cutlass::Array<float, 2>>(acc);
+  auto target = recast<cutlass::Array<Element, 2>>(rounded);
+  CUTE_UNROLL
+  for (int i = 0; i < size(target); ++i) {
+    target(i) = cutlass::NumericArrayConverter<Element, float, 2>::convert(pairs(i));
+  }
+}
+
+// The layout of S's accumulators, ((2, 2, N / 8), 1, 1), as the A operand of the next product,
+// ((2, 2, 2), 1, N / 16): P stays where S was computed.
+template <class Layout>
+__device__ __forceinline__ constexpr auto operand_a_layout(Layout layout) {
+  const auto split = logical_divide(get<0, 2>(layout), _2{});
+  return make_layout(make_layout(get<0, 0>(layout), get<0, 1>(layout), get<0>(split)),
+                     get<1>(layout), get<1>(split));
+}
+
+// Issues acc += A B^T (acc = A B^T when kOverwrite) as one wgmma group. The caller waits.
+template <bool kOverwrite, class Mma, class A, class B, class Acc>
+__device__ __forceinline__ void issue(Mma& mma, const A& a, const B& b, Acc& acc) {
+  warpgroup_fence_operand(acc);
+  warpgroup_arrive();
+  mma.accumulate_ = kOverwrite ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
+  CUTE_UNROLL
+  for (int k = 0; k < size<2>(a); ++k) {
+    gemm(mma, a(_, _, k), b(_, _, k), acc);
+    mma.accumulate_ = GMMA::ScaleOut::One;
+  }
+  warpgroup_commit_batch();
+}
+
+template <class Traits>
+struct ForwardConsumer {
+  using Element = typename Traits::Element;
+  using MmaS = typename Traits::MmaS;
+  using MmaO = typename Traits::MmaO;
+  static constexpr int kTileN = Traits::kTileN, kGroupRows = Traits::kGroupRows;
+  using AccS = decltype(partition_fragment_C(MmaS{}, cute::Shape<_64, Int<kTileN>>{}));
+  using AccO = decltype(partition_fragment_C(MmaO{}, cute::Shape<_64, Int<Traits::kHeadDimV>>{}));
+  using P = decltype(make_tensor<Element>(operand_a_layout(typename AccS::layout_type{})));
+  static constexpr int kRows = 2;  // of a tile, held by one thread
+  using GroupTurns = Turns<Traits::kGroups>;
+
+  const ForwardArguments& arguments;
+  typename Traits::SharedStorage& smem;
+  const int group, thread;  // thread: inside the group
+  const VisibleKeys visible;
+  const float scale_log2;
+  Ring<Traits::kStages> ring;  // of the block whose scores are next; V's may be one use behind
+  uint32_t q_parity = 0;
+  AccO acc_out;
+  P probabilities;
+  OverlappedSoftmax<kRows> softmax;
+
+  __device__ __forceinline__ ForwardConsumer(const ForwardArguments& arguments,
+                                             typename Traits::SharedStorage& smem, int group)
+      : arguments(arguments),
+        smem(smem),
+        group(group),
+        thread(threadIdx.x % kWarpGroupThreads),
+        visible(arguments.params.shape, arguments.params.window),
+        scale_log2(arguments.params.softmax_scale * kLog2e) {}
+
+  // Every warp tells the producer that it no longer reads the buffer.
+  __device__ __forceinline__ void release(Barrier& empty) const {
+    if (thread % 32 == 0) empty.arrive();
+  }
+
+  // F2 to F5 for one key block, with F6 of the block before it (unless kFirst) under way:
+  // S = Q K^T and O += P V are issued together, and the softmax of S runs while P V is computed.
+  template <bool kFirst>
+  __device__ __forceinline__ void step(int row_begin, int block) {
+    const Ring<Traits::kStages> before{ring.use - 1};
+    AccS acc_s;
+    smem.barriers.k_full[ring.stage()].wait(ring.parity());
+    GroupTurns::wait(group);
+    issue_scores(acc_s);
+    if constexpr (!kFirst) issue_output(before);
+    GroupTurns::pass(group);
+    warpgroup_wait<kFirst ? 0 : 1>();
+    warpgroup_fence_operand(acc_s);
+    release(smem.barriers.k_empty[ring.stage()]);
+
+    auto scores = rows_columns(acc_s);
+    if (visible.tile_needs_mask(row_begin, kGroupRows, block * kTileN, kTileN)) {
+      // Relative to the thread's first row and column, coordinates are constants.
+      const auto coords = [](int i, int j) { return make_coord(8 * i, j % 2 + j / 2 * 8); };
+      apply_mask(scores, coords, visible, row_begin + thread_row(),
+                 block * kTileN + thread % 4 * 2);
+    }
+    float factor[kRows];
+    const bool grew = softmax.update(scores, factor, scale_log2);
+    if constexpr (!kFirst) {
+      finish_output(before);
+      auto out = rows_columns(acc_out);
+      if (grew) scale_rows(out, factor);
+    }
+    round_to(acc_s, probabilities);
+    ++ring.use;
+  }
+
+  // Starts S = Q K^T.
+  __device__ __forceinline__ void issue_scores(AccS& acc_s) {
+    MmaS mma;
+    const auto slice = mma.get_thread_slice(thread);
+    const auto q = make_tensor(make_smem_ptr(smem.q[group]), typename Traits::LayoutQ{});
+    const auto k = make_tensor(make_smem_ptr(smem.k[0]), typename Traits::LayoutK{});
+    const auto fragment_q = slice.make_fragment_A(slice.partition_A(q));
+    const auto fragment_k = slice.make_fragment_B(slice.partition_B(k));
+    issue<true>(mma, fragment_q, fragment_k(_, _, _, ring.stage()), acc_s);
+  }
+
+  // Starts O += P V (F6).
+  __device__ __forceinline__ void issue_output(const Ring<Traits::kStages>& at) {
+    MmaO mma;
+    const auto slice = mma.get_thread_slice(thread);
+    const auto v = make_tensor(make_smem_ptr(smem.v[0]), typename Traits::LayoutV{});
+    const auto fragment_v = slice.make_fragment_B(slice.partition_B(v));
+    smem.barriers.v_full[at.stage()].wait(at.parity());
+    warpgroup_fence_operand(probabilities);
+    issue<false>(mma, probabilities, fragment_v(_, _, _, at.stage()), acc_out);
+  }
+
+  __device__ __forceinline__ void finish_output(const Ring<Traits::kStages>& at) {
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(acc_out);
+    release(smem.barriers.v_empty[at.stage()]);
+  }
+
+  // Key blocks of the tile that no row of this group sees.
+  __device__ __forceinline__ void skip(int blocks) {
+    CUTE_NO_UNROLL
+    for (; blocks > 0; --blocks) {
+      smem.barriers.k_full[ring.stage()].wait(ring.parity());
+      release(smem.barriers.k_empty[ring.stage()]);
+      {
+        GroupTurns::wait(group);
+        GroupTurns::pass(group);
+      }
+      smem.barriers.v_full[ring.stage()].wait(ring.parity());
+      release(smem.barriers.v_empty[ring.stage()]);
+      ++ring.use;
+    }
+  }
+
+  // The first row of the group's tile that this thread holds; the other one is 8 below.
+  __device__ __forceinline__ int thread_row() const {
+    return thread / 32 * Traits::kWarpRows + thread % 32 / 4;
+  }
+
+  // F2 to F6 for the key blocks that this group sees, last block first; leaves Q.
+  __device__ __forceinline__ void attend(int row_begin, const BlockRange& blocks) {
+    int block = blocks.end - 1;
+    step<true>(row_begin, block);
+    CUTE_NO_UNROLL
+    while (--block >= blocks.begin) step<false>(row_begin, block);
+    if constexpr (Traits::kOwnOutBuffer) release(smem.barriers.q_empty[group]);
+    const Ring<Traits::kStages> last{ring.use - 1};
+    issue_output(last);
+    finish_output(last);
+  }
+
+  // F7: out = O / l and L = m + log l. Every warp stores its 16 rows by itself.
+  __device__ __forceinline__ void write_output(const TileCoord& coord, int row_begin) {
+    float inverse_sum[kRows], lse[kRows];
+    softmax.finish(inverse_sum, lse, scale_log2);
+    auto out = rows_columns(acc_out);
+    scale_rows(out, inverse_sum);
+
+    const AttentionShape& shape = arguments.params.shape;
+    const int lane = thread % 32, warp = thread / 32;
+    const int warp_row = row_begin + warp * Traits::kWarpRows;
+    float* lse_head =
+        arguments.params.lse + (int64_t(coord.batch) * shape.heads_q + coord.head) * shape.seqlen_q;
+    if (lane % 4 == 0) {  // one thread of each quad
+      CUTE_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const int row = row_begin + thread_row() + 8 * i;
+        if (row < shape.seqlen_q) lse_head[row] = lse[i];
+      }
+    }
+
+    if constexpr (Traits::kOwnOutBuffer) {
+      wait_for_store();
+    } else {
+      sync_rows<Traits::kGroups>(group);  // all warps are done with Q
+    }
+    Element* const tile = smem.out_tile(group);
+    auto smem_out = as_position_independent_swizzle_tensor(
+        make_tensor(make_smem_ptr(tile), typename Traits::LayoutOut{}));
+    auto rounded = make_tensor_like<Element>(acc_out);
+    round_to(acc_out, rounded);
+    const auto copy_out =
+        make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, MmaO{}).get_thread_slice(thread);
+    copy(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, copy_out.retile_S(rounded),
+         copy_out.partition_D(smem_out));
+    tma_store_fence();
+    __syncwarp();
+    if (lane == 0) {
+      tma_store<kGroupRows, Traits::kHeadDimV>(
+          arguments.out, tile + warp * Traits::kWarpRows * kBoxColumns<Traits::kHeadDimV>,
+          {warp_row, coord.head, coord.batch});
+    }
+  }
+
+  // Until this warp's last store has read shared memory.
+  __device__ __forceinline__ void wait_for_store() const {
+    if (thread % 32 == 0) tma_store_wait<0>();
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void run_tile(const ForwardTile& tile) {
+    const int row_begin = tile.row_begin + group * kGroupRows;
+    clear(acc_out);
+    softmax = OverlappedSoftmax<kRows>();
+    smem.barriers.q_full[group].wait(q_parity);
+    q_parity ^= 1;
+    const BlockRange blocks = visible.key_blocks(row_begin, kGroupRows, kTileN);
+    if (row_begin < visible.seqlen_q && blocks.begin < blocks.end) {
+      skip(tile.blocks.end - blocks.end);
+      attend(row_begin, blocks);
+      skip(blocks.begin - tile.blocks.begin);
+    } else {
+      if constexpr (Traits::kOwnOutBuffer) release(smem.barriers.q_empty[group]);
+      skip(tile.blocks.end - tile.blocks.begin);
+    }
+    write_output(tile.coord, row_begin);
+    if constexpr (!Traits::kOwnOutBuffer) {
+      wait_for_store();
+      release(smem.barriers.q_empty[group]);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    GroupTurns::start(group);
+    typename Traits::Schedule schedule(arguments.params);
+    ForwardTile tile;
+    while (schedule.next(tile)) run_tile(tile);
+    wait_for_store();  // shared memory has to outlive it
+  }
+};
+
+}  // namespace flash_attn2::sm90

@@ -1,0 +1,42 @@
+// Host side of the sm90 family: tensor maps, launches, and the registry rows of an instance file.
+#pragma once
+
+#include "../core/kernel_row.h"
+#include "../core/launch.h"
+#include "forward_kernel.cuh"
+
+namespace flash_attn2::sm90 {
+
+template <class Traits>
+void launch_forward(const ForwardParams& params, const LaunchConfig& config, CUstream_st* stream) {
+  if (config.grid == 0) return;  // an empty tensor has no map
+  constexpr DType kDType = DTypeOf<typename Traits::Element>::kValue;
+  const AttentionShape& shape = params.shape;
+  const auto queries = [&](const TensorView& view, int box_rows, int box_columns) {
+    return make_tensor_map(view, kDType, shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim,
+                           box_rows, box_columns, params.out.ptr);
+  };
+  const auto keys = [&](const TensorView& view, int box_columns) {
+    return make_tensor_map(view, kDType, shape.batch, shape.seqlen_k, shape.heads_k, shape.head_dim,
+                           Traits::kTileN, box_columns, params.out.ptr);
+  };
+  ForwardArguments arguments;
+  arguments.params = params;
+  arguments.q = queries(params.q, Traits::kGroupRows, kBoxColumns<Traits::kHeadDim>);
+  arguments.k = keys(params.k, kBoxColumns<Traits::kHeadDim>);
+  arguments.v = keys(params.v, kBoxColumns<Traits::kHeadDimV>);
+  arguments.out = queries(params.out, Traits::kWarpRows, kBoxColumns<Traits::kHeadDimV>);
+  launch(forward_kernel<Traits>, config.grid, Traits::kThreads, config.smem_bytes, stream,
+         arguments, "forward");
+}
+
+template <class Traits>
+KernelRow forward_row(int preference) {
+  KernelRow row = describe<Traits>("sm90", 90, Direction::kForward, preference);
+  row.max_arch = 90;
+  row.persistent = true;
+  row.forward = launch_forward<Traits>;
+  return row;
+}
+
+}  // namespace flash_attn2::sm90

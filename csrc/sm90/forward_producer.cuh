@@ -1,0 +1,75 @@
+// The producer's side of the sm90 forward (F1): one thread that keeps TMA loads of Q, K and V ahead
+// of the consumers, across tiles.
+#pragma once
+
+#include "forward_traits.cuh"
+
+namespace flash_attn2::sm90 {
+
+template <class Traits>
+struct ForwardProducer {
+  using Element = typename Traits::Element;
+  const ForwardArguments& arguments;
+  typename Traits::SharedStorage& smem;
+  Ring<Traits::kStages> ring_k, ring_v;
+  uint32_t q_parity = 0;
+
+  // Waits until the consumers have left the buffer, announces its bytes and returns the barrier.
+  __device__ __forceinline__ static uint64_t* open(LoadBarrier& full, Barrier& empty,
+                                                   uint32_t parity, int elements) {
+    empty.wait(parity ^ 1);
+    full.arrive_and_expect_tx(elements * int(sizeof(Element)));
+    return reinterpret_cast<uint64_t*>(&full);
+  }
+
+  __device__ __forceinline__ void load_q(const ForwardTile& tile) {
+    for (int group = 0; group < Traits::kGroups; ++group) {
+      uint64_t* barrier = open(smem.barriers.q_full[group], smem.barriers.q_empty[group], q_parity,
+                               Traits::kQElements);
+      tma_load<Traits::kGroupRows, Traits::kHeadDim>(
+          arguments.q, barrier, smem.q[group],
+          {tile.row_begin + group * Traits::kGroupRows, tile.coord.head, tile.coord.batch});
+    }
+    q_parity ^= 1;
+  }
+
+  __device__ __forceinline__ void load_k(const ForwardTile& tile, int block) {
+    const int stage = ring_k.stage();
+    uint64_t* barrier = open(smem.barriers.k_full[stage], smem.barriers.k_empty[stage],
+                             ring_k.parity(), Traits::kKElements);
+    tma_load<Traits::kTileN, Traits::kHeadDim>(
+        arguments.k, barrier, smem.k[stage],
+        {block * Traits::kTileN, tile.head_k, tile.coord.batch});
+    ++ring_k.use;
+  }
+
+  __device__ __forceinline__ void load_v(const ForwardTile& tile, int block) {
+    const int stage = ring_v.stage();
+    uint64_t* barrier = open(smem.barriers.v_full[stage], smem.barriers.v_empty[stage],
+                             ring_v.parity(), Traits::kVElements);
+    tma_load<Traits::kTileN, Traits::kHeadDimV>(
+        arguments.v, barrier, smem.v[stage],
+        {block * Traits::kTileN, tile.head_k, tile.coord.batch});
+    ++ring_v.use;
+  }
+
+  // In the order in which the consumers want them: K runs one block ahead of V.
+  __device__ __forceinline__ void run() {
+    typename Traits::Schedule schedule(arguments.params);
+    ForwardTile tile;
+    while (schedule.next(tile)) {
+      const bool any_key = tile.blocks.begin < tile.blocks.end;
+      int block = tile.blocks.end - 1;
+      if (any_key) load_k(tile, block);
+      load_q(tile);  // of every tile: the output may take its place
+      CUTE_NO_UNROLL
+      for (; block > tile.blocks.begin; --block) {
+        load_k(tile, block - 1);
+        load_v(tile, block);
+      }
+      if (any_key) load_v(tile, block);
+    }
+  }
+};
+
+}  // namespace flash_attn2::sm90

@@ -1,0 +1,116 @@
+// Types and shared memory of one sm90 forward kernel.
+#pragma once
+
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // N in steps of 8
+#include <cutlass/numeric_conversion.h>
+#include <cutlass/numeric_types.h>
+
+#include <cute/tensor.hpp>
+
+#include "../core/params.h"
+#include "barriers.h"
+#include "schedule.cuh"
+#include "tma.cuh"
+
+namespace flash_attn2::sm90 {
+
+using namespace cute;
+
+inline constexpr int kMaxSmemBytes = 227 * 1024;
+
+// Swizzled shared-memory atoms of 16-bit tiles whose rows hold kColumns contiguous elements:
+// RowMajor for an operand whose contiguous dimension is the product's K, ColumnMajor (the same
+// bytes, seen transposed) for V, whose contiguous dimension is the product's N.
+template <class Element, int kColumns>
+struct SmemAtom {
+  static constexpr bool kWide = kBoxColumns<kColumns> == 64;
+  using RowMajor = std::conditional_t<kWide, GMMA::Layout_K_SW128_Atom<Element>,
+                                      GMMA::Layout_K_SW64_Atom<Element>>;
+  using ColumnMajor = std::conditional_t<kWide, GMMA::Layout_MN_SW128_Atom<Element>,
+                                         GMMA::Layout_MN_SW64_Atom<Element>>;
+};
+
+template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, int kHeadDimV_ = kHeadDim_>
+struct ForwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;    // of Q and K
+  static constexpr int kHeadDimV = kHeadDimV_;  // of V and the output
+  static constexpr int kTileM = kTileM_;
+  static constexpr int kTileN = kTileN_;
+  static constexpr int kStages = 2;  // blocks of K, and of V, in flight
+
+  static constexpr int kGroupRows = 64;  // of S and the output, one wgmma's M
+  static constexpr int kWarpRows = kGroupRows / kWarpsPerGroup;
+  static constexpr int kGroups = kTileM / kGroupRows;
+  static constexpr int kThreads = kWarpGroupThreads * (kGroups + 1);
+  // setmaxnreg: 64K registers shared out between the producer and the consumers.
+  static constexpr int kProducerRegs = kGroups == 2 ? 24 : 32;
+  static constexpr int kConsumerRegs = kGroups == 2 ? 240 : 160;
+  static_assert(kGroups == 2 || kGroups == 3);
+  static_assert(kTileN % 16 == 0);
+
+  // S (64, kTileN) = Q K^T, both from shared memory; O (64, kHeadDimV) += P V, P from registers.
+  using MmaS = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float,
+                           cute::Shape<_64, Int<kTileN>, Int<kHeadDim>>>()));
+  using MmaO = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float, cute::Shape<_64, Int<kHeadDimV>, Int<kTileN>>,
+                           GMMA::Major::K, GMMA::Major::MN>()));
+
+  static_assert(size<1>(typename MmaS::AtomShape_MNK{}) == kTileN,
+                "cute's wgmma atoms were included without the extended shapes");
+
+  // Shared-memory tiles: slabs of one swizzle span of columns, see tma.cuh.
+  using LayoutQ = decltype(tile_to_shape(typename SmemAtom<Element, kHeadDim>::RowMajor{},
+                                         cute::Shape<Int<kGroupRows>, Int<kHeadDim>>{}));
+  using LayoutK = decltype(tile_to_shape(typename SmemAtom<Element, kHeadDim>::RowMajor{},
+                                         cute::Shape<Int<kTileN>, Int<kHeadDim>, Int<kStages>>{}));
+  using LayoutV =  // (kHeadDimV, kTileN, stages)
+      decltype(tile_to_shape(typename SmemAtom<Element, kHeadDimV>::ColumnMajor{},
+                             cute::Shape<Int<kHeadDimV>, Int<kTileN>, Int<kStages>>{},
+                             Step<_2, _1, _3>{}));
+  using LayoutOut = decltype(tile_to_shape(typename SmemAtom<Element, kHeadDimV>::RowMajor{},
+                                           cute::Shape<Int<kGroupRows>, Int<kHeadDimV>>{}));
+
+  static constexpr int kQElements = kGroupRows * kHeadDim;  // of one group
+  static constexpr int kKElements = kTileN * kHeadDim;      // of one stage
+  static constexpr int kVElements = kTileN * kHeadDimV;
+  static constexpr int kOutElements = kGroupRows * kHeadDimV;
+
+  using Barriers = ForwardBarriers<kGroups, kStages>;
+  using Schedule = ForwardSchedule<kTileM, kTileN>;
+  static constexpr int kTileBytes =
+      (kGroups * kQElements + kStages * (kKElements + kVElements)) * int(sizeof(Element));
+  static constexpr int kOutBytes = kGroups * kOutElements * int(sizeof(Element));
+  // Where there is room, the output leaves from a buffer of its own, so that the next tile's Q
+  // arrives during the last products and the epilogue; elsewhere it takes Q's place.
+  static constexpr bool kOwnOutBuffer =
+      kTileBytes + kOutBytes + int(sizeof(Barriers)) <= kMaxSmemBytes;
+  static_assert(kOwnOutBuffer || kOutElements <= kQElements);
+
+  struct SharedStorage {
+    alignas(1024) Element q[kGroups][kQElements];
+    alignas(1024) Element k[kStages][kKElements];
+    alignas(1024) Element v[kStages][kVElements];
+    alignas(1024) Element out[kOwnOutBuffer ? kGroups : 1][kOwnOutBuffer ? kOutElements : 1];
+    Barriers barriers;
+
+    __device__ __forceinline__ Element* out_tile(int group) {
+      if constexpr (kOwnOutBuffer) {
+        return out[group];
+      } else {
+        return q[group];
+      }
+    }
+  };
+  static constexpr int kSmemBytes = int(sizeof(SharedStorage));
+  static_assert(kSmemBytes <= kMaxSmemBytes);
+};
+
+// The kernel's argument.
+struct ForwardArguments {
+  ForwardParams params;
+  CUtensorMap q, k, v, out;  // boxes of 64 rows, kTileN rows, kTileN rows, 16 rows
+};
+
+}  // namespace flash_attn2::sm90

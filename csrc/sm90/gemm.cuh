@@ -1,0 +1,137 @@
+// Tile building blocks of the sm90 family: shared-memory tiles that TMA writes and wgmma reads,
+// wgmma products, accumulator conversion and stores.
+#pragma once
+
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // N in steps of 8
+#include <cutlass/numeric_conversion.h>
+#include <cutlass/numeric_types.h>
+
+#include <cute/tensor.hpp>
+
+#include "tma.cuh"
+
+namespace flash_attn2::sm90 {
+
+using namespace cute;
+using GMMA::Major;
+
+// (rows, columns) tile, columns contiguous, in slabs of all rows by kBox columns: one swizzle span
+// and one TMA box each.
+template <int kRows, int kColumns, int kBox = kBoxColumns<kColumns>, class Element>
+__device__ __forceinline__ auto smem_tile(Element* base) {
+  using Atom = std::conditional_t<kBox == 64, GMMA::Layout_K_SW128_Atom<Element>,
+                                  std::conditional_t<kBox == 32, GMMA::Layout_K_SW64_Atom<Element>,
+                                                     GMMA::Layout_K_SW32_Atom<Element>>>;
+  return make_tensor(make_smem_ptr(base),
+                     tile_to_shape(Atom{}, cute::Shape<Int<kRows>, Int<kColumns>>{}));
+}
+
+// The same memory seen as (columns, rows).
+template <class Tile>
+__device__ __forceinline__ auto transposed(const Tile& tile) {
+  constexpr int kRows = decltype(size<0>(tile))::value, kColumns = decltype(size<1>(tile))::value;
+  return make_tensor(
+      tile.data(), composition(tile.layout(), make_layout(cute::Shape<Int<kColumns>, Int<kRows>>{},
+                                                          Stride<Int<kRows>, _1>{})));
+}
+
+// Part (i, j) of a tile that is divided into parts of kRows x kColumns.
+template <int kRows, int kColumns, class Tile>
+__device__ __forceinline__ auto part(const Tile& tile, int i, int j) {
+  return local_tile(tile, cute::Shape<Int<kRows>, Int<kColumns>>{}, make_coord(i, j));
+}
+
+// One warpgroup's product with kRows x kColumns results; A from shared memory, or from registers.
+template <class Element, int kRows, int kColumns, Major kMajorA, Major kMajorB>
+using SmemMma = decltype(make_tiled_mma(
+    GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kRows>, Int<kColumns>, _16>,
+                         kMajorA, kMajorB>()));
+template <class Element, int kRows, int kColumns, Major kMajorB>
+using RegisterMma = decltype(make_tiled_mma(
+    GMMA::rs_op_selector<Element, Element, float, cute::Shape<Int<kRows>, Int<kColumns>, _16>,
+                         Major::K, kMajorB>()));
+
+static_assert(
+    size<1>(typename SmemMma<cutlass::half_t, 64, 48, Major::K, Major::K>::AtomShape_MNK{}) == 48,
+    "cute's wgmma atoms were included without the extended shapes");
+
+template <class Mma, int kRows, int kColumns>
+using Accumulator = decltype(partition_fragment_C(Mma{}, cute::Shape<Int<kRows>, Int<kColumns>>{}));
+
+// Descriptors of a shared-memory tile as an operand: the same for all threads.
+template <class Mma, class Tile>
+__device__ __forceinline__ auto operand_a(const Tile& tile) {
+  const auto slice = Mma{}.get_thread_slice(0);
+  return slice.make_fragment_A(slice.partition_A(tile));
+}
+template <class Mma, class Tile>
+__device__ __forceinline__ auto operand_b(const Tile& tile) {
+  const auto slice = Mma{}.get_thread_slice(0);
+  return slice.make_fragment_B(slice.partition_B(tile));
+}
+
+enum class Accumulate { kNo, kYes };
+
+// Starts acc (M, N) (+)= A (M, K) B (N, K)^T and closes a group for finish_gemm. Fragments: A and B
+// descriptors of shared-memory tiles, or A in registers.
+template <class Mma, Accumulate kAccumulate, class A, class B, class Acc>
+__device__ __forceinline__ void start_gemm(A& a, const B& b, Acc& acc) {
+  Mma mma;
+  warpgroup_fence_operand(acc);
+  if constexpr (!std::is_same_v<typename A::value_type, GmmaDescriptor>) warpgroup_fence_operand(a);
+  warpgroup_arrive();
+  mma.accumulate_ = kAccumulate == Accumulate::kYes ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
+  CUTE_UNROLL
+  for (int k = 0; k < size<2>(a); ++k) {
+    gemm(mma, a(_, _, k), b(_, _, k), acc);
+    mma.accumulate_ = GMMA::ScaleOut::One;
+  }
+  warpgroup_commit_batch();
+}
+
+// Waits until at most kGroups later products are in flight; `acc` is complete then.
+template <int kGroups, class... Acc>
+__device__ __forceinline__ void finish_gemm(Acc&... acc) {
+  warpgroup_wait<kGroups>();
+  (warpgroup_fence_operand(acc), ...);
+}
+
+// Accumulators of a (64, K) product as the A operand of the next: element k of a thread is element
+// k of the other, so only the type changes.
+template <class Element, class Mma, class Acc>
+__device__ __forceinline__ auto to_operand_a(const Acc& acc) {
+  constexpr int kColumns = decltype(size<0, 2>(acc))::value * 8;
+  auto result = make_tensor<Element>(partition_shape_A(Mma{}, cute::Shape<_64, Int<kColumns>>{}));
+  auto pairs = recast<cutlass::Array<Element, 2>>(result);
+  cutlass::NumericArrayConverter<Element, float, 2> convert;
+  CUTE_UNROLL
+  for (int i = 0; i < size(pairs); ++i) {
+    pairs(i) = convert(cutlass::Array<float, 2>{acc(2 * i), acc(2 * i + 1)});
+  }
+  return result;
+}
+
+// Writes the 16 x 16 block of one warp, held as the four registers of an A operand, to shared
+// memory: `rows` keeps the block as it is, `columns` transposes it. `target(row, column)` is the
+// address of an element of the tile that the 8 contiguous elements of a stmatrix row start at.
+struct StoreLane {
+  int row, column;  // of this lane's stmatrix row, inside the block
+
+  __device__ __forceinline__ static StoreLane rows() {
+    const int lane = threadIdx.x % 32;
+    return {lane % 16, lane / 16 * 8};
+  }
+  __device__ __forceinline__ static StoreLane columns() {
+    const int lane = threadIdx.x % 32;
+    return {lane / 8 % 2 * 8, lane % 8 + lane / 16 * 8};
+  }
+};
+
+template <class Copy, class Fragment, class Element>
+__device__ __forceinline__ void store_block(const Fragment& fragment, int block, Element* target) {
+  const auto words = recast<uint32_t>(fragment);
+  Copy::copy(words(4 * block), words(4 * block + 1), words(4 * block + 2), words(4 * block + 3),
+             *reinterpret_cast<uint128_t*>(target));
+}
+
+}  // namespace flash_attn2::sm90
