@@ -95,10 +95,7 @@ def select_providers(device: torch.device, wanted: list[str] | None = None) -> l
 
 
 def find_ours(device: torch.device) -> list[Provider]:
-    """flash_attn2, named after the kernel families that were built, or after the CPU reference.
-
-    The op itself picks the family for a problem, so several of them share one provider.
-    """
+    """flash_attn2: a provider for each kernel family that the device runs, or the reference."""
     from flash_attn2 import flash_attn_func
 
     def call(q, k, v, causal):
@@ -106,12 +103,22 @@ def find_ours(device: torch.device) -> list[Provider]:
 
     if device.type != "cuda":
         return [Provider("ours", "flash_attn2[reference]", call)]
-    from flash_attn2.introspection import list_kernels
+    from flash_attn2.introspection import forced_family, list_kernels
 
     families = sorted({row["family"] for row in list_kernels()})
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        families = [family for family in families if family != "sm90"]
     if not families:
-        raise ImportError("flash_attn2 was built without CUDA kernels")
-    return [Provider("ours", f"flash_attn2[{'+'.join(families)}]", call)]
+        raise ImportError("flash_attn2 was built without CUDA kernels for this GPU")
+    return [
+        Provider(
+            "ours",
+            f"flash_attn2[{family}]",
+            call,
+            context=functools.partial(forced_family, family),
+        )
+        for family in families
+    ]
 
 
 def find_sdpa(key: str, device: torch.device) -> list[Provider]:

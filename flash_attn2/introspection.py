@@ -1,6 +1,8 @@
 """What the CUDA extension holds, and which kernel it takes for a problem. Needs no GPU."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import ops
@@ -39,6 +41,25 @@ def list_kernels() -> list[dict]:
     rows = _extension().list_kernels()
     entries = json.loads(_RESOURCES.read_text())["entries"] if _RESOURCES.exists() else []
     return [_with_resources(row, [e for e in entries if e["name"] == row["name"]]) for row in rows]
+
+
+@contextmanager
+def forced_family(family: str) -> Iterator[None]:
+    """Holds calls and plans of the whole process to one kernel family inside the block.
+
+    Args:
+        family: "sm80" or "sm90"; "" for any. FLASH_ATTN2_FAMILY sets what holds outside.
+
+    Raises:
+        RuntimeError: the package was installed without its CUDA extension.
+        ValueError: there is no such family.
+    """
+    extension = _extension()
+    before = extension.force_family(family)
+    try:
+        yield
+    finally:
+        extension.force_family(before)
 
 
 def _with_resources(row: dict, entries: list[dict]) -> dict:

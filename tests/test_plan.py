@@ -12,6 +12,7 @@ import pytest
 
 import flash_attn2
 from flash_attn2 import ops
+from flash_attn2.introspection import forced_family
 
 EXTENSION = ops.EXTENSION
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="flash_attn2._C is not built")
@@ -189,7 +190,19 @@ def test_an_unknown_family_is_an_error():
         plan_for("forward", family="sm70")
 
 
-def test_the_environment_names_a_family_once():
+def test_a_family_can_be_forced_for_a_while():
+    extension_family = plan_for("forward")["family"]
+    with forced_family("sm80"):
+        assert plan_for("forward")["family"] == "sm80"
+        with forced_family(""):
+            assert plan_for("forward")["family"] == extension_family
+        assert plan_for("forward")["family"] == "sm80"
+    assert plan_for("forward")["family"] == extension_family
+    with pytest.raises(ValueError, match="^family: is 'sm70'"), forced_family("sm70"):
+        pass
+
+
+def test_the_environment_names_a_family():
     code = "import flash_attn2; print(flash_attn2.plan('forward', 1, 9, 9, 1, 1, {})['family'])"
     head_dim = built("forward", EXTENSION.build_info()["dtypes"][0])[-1]
     dtype = f"{head_dim}, dtype='{EXTENSION.build_info()['dtypes'][0]}'"

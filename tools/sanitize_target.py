@@ -7,7 +7,7 @@ sanitizer that skips the kernels cannot pass.
 import torch
 
 from flash_attn2 import flash_attn_func
-from flash_attn2.introspection import build_info
+from flash_attn2.introspection import build_info, forced_family, list_kernels
 
 
 def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
@@ -32,12 +32,20 @@ def run(dtype: torch.dtype, head_dim: int, causal: bool, deterministic: bool) ->
 
 
 def main() -> None:
+    for family in sorted({row["family"] for row in list_kernels()}):
+        if family == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+            continue
+        with forced_family(family):
+            check_family(family)
+
+
+def check_family(family: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         for head_dim in build_info()["head_dims"]:
             for causal, deterministic in ((False, False), (True, False), (True, True)):
                 error = run(dtype, head_dim, causal, deterministic)
                 case = f"{dtype} d{head_dim} causal={causal} deterministic={deterministic}"
-                print(f"{case}: {error:.2e}")
+                print(f"{family} {case}: {error:.2e}")
                 if not error < 1e-2:
                     raise SystemExit("wrong result")
 

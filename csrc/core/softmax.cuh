@@ -18,6 +18,19 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 1);
 }
 
+// The largest score of a thread's row i. Like the sums below, in two chains: half the latency of
+// one.
+template <class Scores>
+__device__ __forceinline__ float row_max(const Scores& scores, int i) {
+  float even = scores(i, 0), odd = scores(i, 1);
+  CUTE_UNROLL
+  for (int j = 2; j < cute::size<1>(scores); j += 2) {
+    even = fmaxf(even, scores(i, j));
+    odd = fmaxf(odd, scores(i, j + 1));
+  }
+  return fmaxf(even, odd);
+}
+
 // State of kRows rows held by one thread (replicated over its quad). The maximum is exact: one that
 // lags behind would save most of the rescaling, but costs 5% of accuracy, for the largest P of a
 // row is then no longer exactly 1 in fp16 and bf16.
@@ -74,19 +87,6 @@ struct OnlineSoftmax {
       inverse_sum[i] = total == 0.f ? 0.f : 1.f / total;
       lse[i] = total == 0.f ? -INFINITY : (max[i] * scale_log2 + log2f(total)) * kLn2;
     }
-  }
-
- private:
-  // Like the sum, in two chains: half the latency of one.
-  template <class Scores>
-  __device__ __forceinline__ static float row_max(const Scores& scores, int i) {
-    float even = scores(i, 0), odd = scores(i, 1);
-    CUTE_UNROLL
-    for (int j = 2; j < cute::size<1>(scores); j += 2) {
-      even = fmaxf(even, scores(i, j));
-      odd = fmaxf(odd, scores(i, j + 1));
-    }
-    return fmaxf(even, odd);
   }
 };
 

@@ -158,6 +158,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "The error that a GPU of that compute capability (90) gets from a build for `archs` "
         "(\"80;90a\"); empty where it runs.");
   m.def(
+      "force_family",
+      [](const std::string& family) {
+        const std::string before(forced_family());
+        force_family(family);
+        return before;
+      },
+      py::arg("family"),
+      "Holds the process to the kernels of one family (\"sm80\", \"sm90\"; \"\": any), as the "
+      "environment's FLASH_ATTN2_FAMILY does, and returns what it was held to before.");
+  m.def(
       "plan", &plan,
       "The kernel, grid, shared memory and workspace for one problem on a GPU by name, and why "
       "each other kernel was refused. Raises ValueError for sizes out of range and unknown names.",

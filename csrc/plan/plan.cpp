@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <stdexcept>
@@ -181,17 +182,30 @@ Window make_window(int64_t left, int64_t right, const AttentionShape& shape) {
 }
 
 std::string_view check_family(const char* what, std::string_view name) {
-  if (name.empty() || name == "sm80" || name == "sm90") return name;
+  for (const char* known : {"", "sm80", "sm90"}) {
+    if (name == known) return known;
+  }
   throw std::invalid_argument(std::string(what) + ": is '" + std::string(name) +
                               "', it must be 'sm80' or 'sm90'");
 }
 
-std::string_view forced_family() {
-  static const std::string_view family = [] {
+namespace {
+
+// Points to one of check_family's names.
+std::atomic<const char*>& family_setting() {
+  static std::atomic<const char*> setting = [] {
     const char* const value = std::getenv("FLASH_ATTN2_FAMILY");
-    return check_family("FLASH_ATTN2_FAMILY", value == nullptr ? "" : value);
+    return check_family("FLASH_ATTN2_FAMILY", value == nullptr ? "" : value).data();
   }();
-  return family;
+  return setting;
+}
+
+}  // namespace
+
+std::string_view forced_family() { return family_setting().load(); }
+
+void force_family(std::string_view name) {
+  family_setting().store(check_family("family", name).data());
 }
 
 Plan make_plan(const Problem& problem, const DeviceLimits& device) {

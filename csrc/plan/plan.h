@@ -63,9 +63,11 @@ AttentionShape make_shape(int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int
 // query of this shape, becomes -1 (no bound), so what is left fits in an int.
 Window make_window(int64_t left, int64_t right, const AttentionShape& shape);
 
-// The family that FLASH_ATTN2_FAMILY asks for (read once), empty where it is not set; or `name`
-// itself. Throws std::invalid_argument for a name that no family has.
+// The one family whose kernels serve: what force_family set last, at first FLASH_ATTN2_FAMILY;
+// empty: any. Like check_family, which returns `name`, they throw std::invalid_argument, naming
+// `what`, for a name that no family has.
 std::string_view forced_family();
+void force_family(std::string_view name);
 std::string_view check_family(const char* what, std::string_view name);
 
 // Among the rows that can serve: the smallest head dim bucket, then the newest family, then the

@@ -22,13 +22,7 @@ struct OverlappedSoftmax : OnlineSoftmax<kRows> {
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       before[i] = max[i];
-      float even = scores(i, 0), odd = scores(i, 1);  // two chains: half the latency of one
-      CUTE_UNROLL
-      for (int j = 2; j < size<1>(scores); j += 2) {
-        even = fmaxf(even, scores(i, j));
-        odd = fmaxf(odd, scores(i, j + 1));
-      }
-      max[i] = fmaxf(quad_max(fmaxf(even, odd)), before[i]);
+      max[i] = fmaxf(quad_max(row_max(scores, i)), before[i]);
       grew |= max[i] > before[i];
     }
     grew = __any_sync(0xffffffffu, grew);
