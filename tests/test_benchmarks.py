@@ -345,7 +345,7 @@ def test_results_file_round_trip_has_a_line_for_each_row(tmp_path):
     assert (loaded["worst"], loaded["third"]) == (None, 0.333333)
     assert len(text.splitlines()) < len(loaded["rows"]) + 20
     assert str(tmp_path) not in text
-    assert loaded["arguments"]["rounds"] == 3
+    assert loaded["arguments"]["rounds"] == 6
 
 
 def test_geometric_mean():

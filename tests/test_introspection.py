@@ -69,7 +69,7 @@ def test_plan_passes_its_arguments_in_order(extension):
     assert flash_attn2.plan("backward", 1, 2, 3, 8, 4, 64, gpu="A100")["kernel"] == ROW["name"]
     flash_attn2.plan("forward", 1, 2, 3, 8, 4, 64, "float16", 5, 0, True)
     assert extension.calls == [
-        ("backward", 1, 2, 3, 8, 4, 64, "bfloat16", -1, -1, False, "A100"),
+        ("backward", 1, 2, 3, 8, 4, 64, "bfloat16", -1, -1, False, "A100", ""),
         ("forward", 1, 2, 3, 8, 4, 64, "float16", 5, 0, True, "H200"),
     ]
 
