@@ -67,10 +67,10 @@ def test_list_kernels_without_a_log_of_the_build(extension, monkeypatch, tmp_pat
 
 def test_plan_passes_its_arguments_in_order(extension):
     assert flash_attn2.plan("backward", 1, 2, 3, 8, 4, 64, gpu="A100")["kernel"] == ROW["name"]
-    flash_attn2.plan("forward", 1, 2, 3, 8, 4, 64, "float16", 5, 0, True)
+    flash_attn2.plan("forward", 1, 2, 3, 8, 4, 64, "float16", 5, 0, True, family="sm80")
     assert extension.calls == [
         ("backward", 1, 2, 3, 8, 4, 64, "bfloat16", -1, -1, False, "A100", ""),
-        ("forward", 1, 2, 3, 8, 4, 64, "float16", 5, 0, True, "H200"),
+        ("forward", 1, 2, 3, 8, 4, 64, "float16", 5, 0, True, "H200", "sm80"),
     ]
 
 
