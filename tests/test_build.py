@@ -116,6 +116,13 @@ def test_filter_selects_instances_and_keeps_the_rest(csrc, text, instances):
     assert others == {"module.cpp", "plan.cpp", "preprocess.cu"}
 
 
+def test_filter_by_family():
+    accepts = settings.parse_filter("d64,sm90").accepts
+    assert accepts(Path("csrc/sm90/instances/bf16_d64_fwd_0.cu"))
+    assert not accepts(Path("csrc/sm80/instances/bf16_d64_fwd_0.cu"))
+    assert not accepts(Path("csrc/sm90/instances/bf16_d128_fwd_0.cu"))
+
+
 def test_sm90_sources_need_the_arch_they_are_for(csrc):
     (csrc / "sm90" / "instances").mkdir(parents=True)
     (csrc / "sm90" / "instances" / "bf16_d64_fwd_0.cu").touch()

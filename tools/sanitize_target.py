@@ -1,8 +1,10 @@
 """Small forward and backward calls of every kernel row that this GPU takes, for compute-sanitizer.
 
 `make sanitize` runs it under memcheck and racecheck. It also compares with the CPU path, so that a
-sanitizer that skips the kernels cannot pass.
+sanitizer that skips the kernels cannot pass. Arguments: the kernel families (default: all).
 """
+
+import sys
 
 import torch
 
@@ -32,7 +34,7 @@ def run(dtype: torch.dtype, head_dim: int, causal: bool, deterministic: bool) ->
 
 
 def main() -> None:
-    for family in sorted({row["family"] for row in list_kernels()}):
+    for family in sys.argv[1:] or sorted({row["family"] for row in list_kernels()}):
         if family == "sm90" and torch.cuda.get_device_capability() != (9, 0):
             continue
         with forced_family(family):

@@ -10,6 +10,7 @@ from pathlib import Path
 MIN_ARCH = 80
 DEFAULT_ARCHS = ("80", "90a")
 DTYPES = ("bf16", "fp16")
+FAMILIES = ("sm80", "sm90")
 
 
 class BuildError(SystemExit):
@@ -95,34 +96,37 @@ def gencode_flags(archs: Sequence[str]) -> list[str]:
 class InstanceFilter:
     """Which kernel instance files to build; an empty tuple accepts all.
 
-    Instance files are called {dtype}_d{head_dim}*.cu.
+    Instance files are called {family}/instances/{dtype}_d{head_dim}*.cu.
     """
 
     dtypes: tuple[str, ...] = ()
     head_dims: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
 
     def accepts(self, source: Path) -> bool:
-        words = source.stem.split("_")
+        words = [*source.stem.split("_"), source.parent.parent.name]
         return all(
             not wanted or any(word in wanted for word in words)
-            for wanted in (self.dtypes, self.head_dims)
+            for wanted in (self.dtypes, self.head_dims, self.families)
         )
 
 
 def parse_filter(text: str) -> InstanceFilter:
-    """Parses FLASH_ATTN2_FILTER, e.g. "d128,bf16" or "d64,d128".
+    """Parses FLASH_ATTN2_FILTER, e.g. "d128,bf16,sm90" or "d64,d128".
 
-    Words of one kind (head dims; dtypes) are alternatives, and both kinds must fit.
+    Words of one kind (head dims; dtypes; families) are alternatives, and all kinds must fit.
     """
-    dtypes, head_dims = [], []
+    dtypes, head_dims, families = [], [], []
     for word in filter(None, re.split(r"[;,\s]+", text.strip())):
         if word in DTYPES:
             dtypes.append(word)
         elif re.fullmatch(r"d\d+", word):
             head_dims.append(word)
+        elif word in FAMILIES:
+            families.append(word)
         else:
             raise BuildError(
                 f"FLASH_ATTN2_FILTER={text!r}: {word!r} is neither a head dim (d64, d128, ...) "
-                f"nor a dtype ({', '.join(DTYPES)})"
+                f"nor a dtype ({', '.join(DTYPES)}) nor a family ({', '.join(FAMILIES)})"
             )
-    return InstanceFilter(tuple(dtypes), tuple(head_dims))
+    return InstanceFilter(tuple(dtypes), tuple(head_dims), tuple(families))
