@@ -15,7 +15,7 @@ from .cases import Case, Inputs, UsageError
 from .providers import Provider, select_providers
 
 METHOD = (
-    "Providers take turns within each cell (the order rotates and reverses), {rounds} rounds of at "
+    "Providers take turns within each cell (in balanced orders), {rounds} rounds of at "
     "most {iters} calls each; the whole grid is run in {passes} passes with fresh random inputs. "
     "ms is the median over all passes, every pass's own median is kept. eager: each of many "
     "back-to-back calls is timed by its own pair of CUDA events, host cost included where the host "

@@ -131,15 +131,16 @@ def calls_per_turn(clock, runner: Runner, limit: int, turn_ms: float) -> int:
 
 
 def turn_orders(runners: Sequence[Runner]) -> Iterator[list[Runner]]:
-    """Endless orders of the runners: rotations, each followed by its reverse.
+    """Endless orders of the runners, after Williams' balanced design.
 
-    In 2 n rounds every runner is as often first, and follows each neighbour as often as it precedes
-    it.
+    In n rounds (2 n where n is odd) every runner comes right after each other one equally often.
     """
+    count = len(runners)
+    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]  # 0, 1, -1, 2, -2, ...
     for turn in itertools.count():
-        shift = turn // 2 % max(1, len(runners))
-        order = [*runners[shift:], *runners[:shift]]
-        yield order if turn % 2 == 0 else order[::-1]
+        order = [runners[(place + turn) % count] for place in zigzag]
+        mirrored = count % 2 == 1 and turn // count % 2 == 1
+        yield order[::-1] if mirrored else order
 
 
 def take_turns(clock, runners: Sequence[Runner], rounds: int, limit: int, turn_ms: float) -> None:

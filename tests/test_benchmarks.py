@@ -1,9 +1,11 @@
 """The benchmarks' own logic, on the CPU and at tiny sizes."""
 
 import contextlib
+import itertools
 import json
 import math
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -150,9 +152,19 @@ def test_turns_rotate_and_keep_to_the_budget():
     runners = [timing.Runner(str(ms), [lambda ms=ms: ms]) for ms in (1.0, 20.0, 100.0)]
     timing.take_turns(clock, runners, rounds=4, limit=10, turn_ms=100.0)
     measured = clock.turns[6:]  # two warm-up turns for each runner come first
-    assert [ms for ms, _ in measured] == [1, 20, 100, 100, 20, 1, 20, 100, 1, 1, 100, 20]
+    assert [ms for ms, _ in measured] == [1, 20, 100, 20, 100, 1, 100, 1, 20, 100, 20, 1]
     assert dict(measured) == {1.0: 11, 20.0: 6, 100.0: 4}
     assert [len(runner.samples) for runner in runners] == [40, 20, 12]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_each_runner_follows_each_other_one_equally_often(count):
+    rounds = count if count % 2 == 0 else 2 * count
+    orders = [*itertools.islice(timing.turn_orders(range(count)), rounds)]
+    assert all(sorted(order) == [*range(count)] for order in orders)
+    neighbours = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert set(neighbours) == {*itertools.permutations(range(count), 2)}
+    assert len({*neighbours.values()}) <= 1
 
 
 def test_an_unbounded_turn_takes_every_call():

@@ -14,11 +14,10 @@
 //
 // Named barriers (hardware; 0 is __syncthreads):
 //
-//   turn(w)      256: group w waits (128), the group before it arrives (128). Ping-pong: whoever
-//   has
-//                the turn issues its products, then passes it on, so that the softmax of one
-//                group runs under the products of another. Every group takes one turn per key block
-//                of the thread block's tile, whether or not its rows see the block.
+//   turn(w)      256: group w waits (128), the group before it arrives (128). Ping-pong: the group
+//                whose turn it is issues its products, then passes the turn on, so that the softmax
+//                of one group runs under the products of another. Every group takes one turn per
+//                key block of the thread block's tile, whether or not its rows see the block.
 //   rows(w)      128: group w alone, before the output overwrites Q.
 #pragma once
 
