@@ -32,8 +32,7 @@ class AttentionSwitch:
         self.provider = provider
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        with self.provider.context():
-            return self.provider.attend(q, k, v, True)
+        return self.provider.attend(q, k, v, True)
 
 
 def build_model(size: str, vocab: int, seqlen: int, switch: AttentionSwitch, device: torch.device):
@@ -84,7 +83,7 @@ def measure(
 
         return call
 
-    runners = [timing.Runner(p.name, [step_with(p)]) for p in providers]
+    runners = [timing.Runner(p.name, [step_with(p)], p.context) for p in providers]
     timing.take_turns(timing.make_clock(device), runners, args.rounds, args.steps, math.inf)
     flops = model.step_flops(batch, seqlen)
     parameters = model.num_params()
