@@ -1,7 +1,8 @@
 """Small forward and backward calls of every kernel row that this GPU takes, for compute-sanitizer.
 
-`make sanitize` runs it under memcheck, and sm80 under racecheck. It also compares with the CPU path, so that a
-sanitizer that skips the kernels cannot pass. Arguments: the kernel families (default: all).
+`make sanitize` runs it under memcheck, and sm80 under racecheck. It also compares with the CPU
+path, so that a sanitizer that skips the kernels cannot pass. Arguments: the kernel families
+(default: all).
 """
 
 import sys
