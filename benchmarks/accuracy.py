@@ -78,6 +78,7 @@ def compare(ours: dict[str, float], peer: dict[str, float]) -> dict:
 def measure(case: Case, ours: Provider, peer: Provider, device: torch.device, seeds: int) -> dict:
     """The row of a case; a provider that fails leaves its error, and the run goes on."""
     row = {
+        "provider": ours.name,
         "dtype": case.dtype,
         "head_dim": case.head_dim,
         "causal": case.causal,
@@ -117,11 +118,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, writes, prints; 1 when the worst ratio is above ``--limit``."""
     device = torch.device(args.device)
-    ours, peer = (select_providers(device, [key])[0] for key in ("ours", "flash"))
+    families, (peer,) = (select_providers(device, [key]) for key in ("ours", "flash"))
     rows = []
     for case in (progress := tqdm(accuracy_cases(args), unit="case", disable=None)):
         progress.set_postfix_str(case.label())
-        rows.append(measure(case, ours, peer, device, args.seeds))
+        rows += [measure(case, ours, peer, device, args.seeds) for ours in families]
     worst = worst_ratio(rows)
     passed = worst <= args.limit
     path = report.save(
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
             "kind": "accuracy",
             "environment": report.environment(device, args.commit),
             "method": METHOD.format(**vars(args)),
-            "providers": {"ours": ours.name, "peer": peer.name},
+            "providers": {"ours": [ours.name for ours in families], "peer": peer.name},
             "limit": args.limit,
             "worst": worst,
             "passed": passed,

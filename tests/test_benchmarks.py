@@ -511,6 +511,7 @@ def test_accuracy_command_fails_above_the_limit(tmp_path, capsys):
     assert main(["accuracy", *options]) == 0
     results = report.load(tmp_path / "accuracy.json")
     assert len(results["rows"]) == 2 * 5  # dtypes; three full and two causal shapes
+    assert {row["provider"] for row in results["rows"]} == {"flash_attn2[reference]"}
     assert results["passed"]
     assert 0 < results["worst"] <= 1.05
     assert main(["accuracy", *options, "--limit", "0.001"]) == 1
