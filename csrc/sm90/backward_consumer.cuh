@@ -1,4 +1,6 @@
-// A consumer warpgroup of the sm90 backward: steps B2 to B7, and the store of dK and dV.
+// What the consumer warpgroups of the sm90 backward have in common: steps B2, B4 and B7 of a tile,
+// and the store of dK and dV. The walks over the query blocks are in backward_keys.cuh and
+// backward_roles.cuh.
 #pragma once
 
 #include "dq_accumulator.cuh"
@@ -26,11 +28,11 @@ struct BackwardConsumer {
   using MmaDk = typename Traits::MmaDk;
   using MmaDv = typename Traits::MmaDv;
   using MmaDq = typename Traits::MmaDq;
-  static constexpr int kTileM = Traits::kTileM, kTileN = Traits::kTileN;
-  static constexpr int kKeys = Traits::kKeys, kQueries = Traits::kQueries;
+  static constexpr int kTileM = Traits::kTileM, kTileN = Traits::kTileN, kKeys = Traits::kKeys;
   static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
-  static constexpr int kDkColumns = Traits::kDkColumns, kDvColumns = Traits::kDvColumns;
-  using AccS = Accumulator<MmaS, kKeys, kQueries>;
+  using AccS = Accumulator<MmaS, kKeys, kTileM>;
+  using AccDk = Accumulator<MmaDk, kKeys, kHeadDim>;
+  using AccDv = Accumulator<MmaDv, kKeys, kHeadDimV>;
   using AccDq = Accumulator<MmaDq, Traits::kDqRows, Traits::kDqColumns>;
   using Stages = Ring<Traits::kStages>;
   using Scores = Ring<Traits::kScoreBuffers>;
@@ -38,11 +40,8 @@ struct BackwardConsumer {
   const BackwardArguments& arguments;
   typename Traits::SharedStorage& smem;
   const BackwardWork<Traits> work;
-  const int consumer, thread;        // thread: inside the warpgroup
-  const int first_key, first_query;  // of S^T, inside the tile
-  const int dk_part, dv_part;        // columns of dK and dV, in shares
-  Accumulator<MmaDk, kKeys, kDkColumns> acc_dk;
-  Accumulator<MmaDv, kKeys, kDvColumns> acc_dv;
+  const int consumer, thread;  // thread: inside the warpgroup
+  const int first_key;         // of this consumer's S^T, inside the tile
 
   __device__ __forceinline__ BackwardConsumer(const BackwardArguments& arguments,
                                               typename Traits::SharedStorage& smem,
@@ -52,76 +51,74 @@ struct BackwardConsumer {
         work(work),
         consumer(consumer),
         thread(threadIdx.x % kWarpGroupThreads),
-        first_key(Traits::kSplitKeys ? consumer * kKeys : 0),
-        first_query(Traits::kSplitKeys ? 0 : consumer * kQueries),
-        dk_part(Traits::kSplitKeys ? 0 : consumer),
-        dv_part(dk_part) {}
+        first_key(Traits::kSplitKeys ? consumer * kKeys : 0) {}
 
   // Shared-memory tiles.
   __device__ __forceinline__ auto tile_k() const {
     return smem_tile<kTileN, kHeadDim, Traits::kBoxK>(smem.k);
   }
-  __device__ __forceinline__ auto tile_v() const {
-    return smem_tile<kTileN, kHeadDimV, Traits::kBoxV>(smem.v);
-  }
+  __device__ __forceinline__ auto tile_v() const { return smem_tile<kTileN, kHeadDimV>(smem.v); }
   __device__ __forceinline__ auto tile_q(int stage) const {
-    return smem_tile<kTileM, kHeadDim, Traits::kBoxQ>(smem.q[stage]);
+    return smem_tile<kTileM, kHeadDim>(smem.q[stage]);
   }
   __device__ __forceinline__ auto tile_dout(int stage) const {
-    return smem_tile<kTileM, kHeadDimV, Traits::kBoxV>(smem.dout[stage]);
+    return smem_tile<kTileM, kHeadDimV>(smem.dout[stage]);
   }
-  __device__ __forceinline__ auto tile_p(int buffer) const {
-    return smem_tile<kTileM, kTileN>(smem.p[buffer]);
-  }
-  __device__ __forceinline__ auto tile_ds(int buffer) const {
-    return smem_tile<kTileM, kTileN>(smem.ds[buffer]);
+  __device__ __forceinline__ auto tile_ds(int step) const {
+    return smem_tile<kTileM, kTileN>(smem.ds[Scores{uint32_t(step)}.stage()]);
   }
 
-  // B2 to B4: P^T = exp2(S^T * scale - L) with S^T = K Q^T, and dS^T = P^T (dP^T - D) with
-  // dP^T = V dO^T.
-  __device__ __forceinline__ void make_scores(int step, const QueryStep& at, AccS& acc_p,
-                                              AccS& acc_ds) const {
+  // Starts S^T = K Q^T (B2).
+  __device__ __forceinline__ void start_scores(int step, AccS& acc) const {
     const Stages ring{uint32_t(step)};
-    const int stage = ring.stage();
-    const int key_part = recompute(first_key) / kKeys;
-    const int query_part = recompute(first_query) / kQueries;
-    auto k = operand_a<MmaS>(part<kKeys, kHeadDim>(tile_k(), key_part, 0));
-    auto v = operand_a<MmaS>(part<kKeys, kHeadDimV>(tile_v(), key_part, 0));
-    const auto q = operand_b<MmaS>(part<kQueries, kHeadDim>(tile_q(stage), query_part, 0));
-    const auto dout = operand_b<MmaS>(part<kQueries, kHeadDimV>(tile_dout(stage), query_part, 0));
-    smem.barriers.q_full[stage].wait(ring.parity());
-    start_gemm<MmaS, Accumulate::kNo>(k, q, acc_p);
-    smem.barriers.dout_full[stage].wait(ring.parity());
-    start_gemm<MmaS, Accumulate::kNo>(v, dout, acc_ds);
+    auto k = operand_a<MmaS>(part<kKeys, kHeadDim>(tile_k(), recompute(first_key) / kKeys, 0));
+    const auto q = operand_b<MmaS>(tile_q(ring.stage()));
+    smem.barriers.q_full[ring.stage()].wait(ring.parity());
+    start_gemm<MmaS, Accumulate::kNo>(k, q, acc);
+  }
+  // Starts dP^T = V dO^T (B3).
+  __device__ __forceinline__ void start_dp(int step, AccS& acc) const {
+    const Stages ring{uint32_t(step)};
+    auto v = operand_a<MmaS>(part<kKeys, kHeadDimV>(tile_v(), recompute(first_key) / kKeys, 0));
+    const auto dout = operand_b<MmaS>(tile_dout(ring.stage()));
+    smem.barriers.dout_full[ring.stage()].wait(ring.parity());
+    start_gemm<MmaS, Accumulate::kNo>(v, dout, acc);
+  }
 
-    finish_gemm<1>(acc_p);
-    const int row_begin = at.block * kTileM + first_query;
+  // The rest of B2: P^T = exp2(S^T * scale - L), in place.
+  __device__ __forceinline__ void make_probabilities(int step, const QueryStep& at,
+                                                     AccS& acc) const {
+    const int row_begin = at.block * kTileM;
     const int key_begin = recompute(work.key_begin) + first_key;
     const VisibleKeys visible(arguments.params.shape, arguments.params.window);
-    if (visible.tile_needs_mask(row_begin, kQueries, key_begin, kKeys)) {
-      mask(acc_p, visible, row_begin + thread % 4 * 2,
-           key_begin + thread / 32 * 16 + thread % 32 / 4);
+    if (visible.tile_needs_mask(row_begin, kTileM, key_begin, kKeys)) {
+      mask(acc, visible, row_begin + thread % 4 * 2, key_begin + thread / 32 * 16 + thread % 32 / 4);
     }
     const float scale_log2 = arguments.params.softmax_scale * kLog2e;
-    const float2* lse = query_pairs(smem.lse[stage] + first_query);
+    const float2* lse = query_pairs(smem.lse[Stages{uint32_t(step)}.stage()]);
     CUTE_UNROLL
-    for (int i = 0; i < size(acc_p); i += 4) {
+    for (int i = 0; i < size(acc); i += 4) {
       const float2 pair = lse[i];
       CUTE_UNROLL
       for (int j = 0; j < 4; ++j) {
-        acc_p(i + j) = exp2f(acc_p(i + j) * scale_log2 - (j % 2 == 0 ? pair.x : pair.y));
+        acc(i + j) = exp2f(acc(i + j) * scale_log2 - (j % 2 == 0 ? pair.x : pair.y));
       }
     }
+  }
 
-    finish_gemm<0>(acc_ds);
-    const float2* delta = query_pairs(smem.delta[stage] + first_query);
+  // B4: dS^T = P^T (dP^T - D), in place of dP^T. probabilities(i): P^T's values i to i + 3.
+  template <class Probabilities>
+  __device__ __forceinline__ void make_score_gradients(int step, const Probabilities& probabilities,
+                                                       AccS& acc) const {
+    const float2* delta = query_pairs(smem.delta[Stages{uint32_t(step)}.stage()]);
     CUTE_UNROLL
-    for (int i = 0; i < size(acc_ds); i += 4) {
+    for (int i = 0; i < size(acc); i += 4) {
       const float2 pair = delta[i];
-      CUTE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        acc_ds(i + j) = acc_p(i + j) * (acc_ds(i + j) - (j % 2 == 0 ? pair.x : pair.y));
-      }
+      const float4 p = probabilities(i);
+      acc(i) = p.x * (acc(i) - pair.x);
+      acc(i + 1) = p.y * (acc(i + 1) - pair.y);
+      acc(i + 2) = p.z * (acc(i + 2) - pair.x);
+      acc(i + 3) = p.w * (acc(i + 3) - pair.y);
     }
   }
 
@@ -133,7 +130,7 @@ struct BackwardConsumer {
       const BlockRange rows = visible.rows_of_key(key + 8 * j);
       const int begin = rows.begin - query, end = rows.end - query;
       CUTE_UNROLL
-      for (int i = 0; i < kQueries / 8; ++i) {
+      for (int i = 0; i < kTileM / 8; ++i) {
         CUTE_UNROLL
         for (int c = 0; c < 2; ++c) {
           if (8 * i + c < begin || 8 * i + c >= end) acc(4 * i + 2 * j + c) = -INFINITY;
@@ -142,177 +139,100 @@ struct BackwardConsumer {
     }
   }
 
-  // This consumer's (keys, queries) part of P^T or dS^T to a (queries, keys) tile.
-  template <class Fragment, class Tile>
-  __device__ __forceinline__ void store_scores(const Fragment& scores, const Tile& tile) const {
+  // This consumer's (keys, queries) part of dS^T to the (queries, keys) tile.
+  template <class Fragment>
+  __device__ __forceinline__ void store_score_gradients(const Fragment& ds, int step) const {
     const StoreLane lane = StoreLane::columns();
+    const auto tile = tile_ds(step);
     Element* target =
-        &tile(first_query + lane.column, recompute(first_key) + thread / 32 * 16 + lane.row);
+        &tile(int(lane.column), recompute(first_key) + thread / 32 * 16 + lane.row);
     CUTE_UNROLL
-    for (int block = 0; block < kQueries / 16; ++block) {  // the swizzle repeats every 8 rows
-      store_block<SM90_U16x8_STSM_T>(scores, block, target + 16 * block * kBoxColumns<kTileN>);
+    for (int block = 0; block < kTileM / 16; ++block) {  // the swizzle repeats every 8 rows
+      store_block<SM90_U16x8_STSM_T>(ds, block, target + 16 * block * kBoxColumns<kTileN>);
     }
-  }
-
-  // The step's scores are stored.
-  __device__ __forceinline__ void publish_scores(int step) const {
     cutlass::arch::fence_view_async_shared();
-    arrive_as_warp(smem.barriers.scores_full[Scores{uint32_t(step)}.stage()]);
+    arrive_as_warp(smem.barriers.ds_full[Scores{uint32_t(step)}.stage()]);
   }
-  __device__ __forceinline__ void wait_for_scores(int step) const {
+  __device__ __forceinline__ void wait_for_ds(int step) const {
     const Scores ring{uint32_t(step)};
-    smem.barriers.scores_full[ring.stage()].wait(ring.parity());
+    smem.barriers.ds_full[ring.stage()].wait(ring.parity());
   }
 
-  // B5: dV += P^T dO. `p`: P^T as the A operand.
+  // Starts dV += P^T dO (B5). `p`: P^T as the A operand.
   template <class P>
-  __device__ __forceinline__ void start_dv(P& p, int step) {
-    const auto dout = operand_b<MmaDv>(part<kDvColumns, kTileM>(
-        transposed(tile_dout(Stages{uint32_t(step)}.stage())), dv_part, 0));
-    start_gemm<MmaDv, Accumulate::kYes>(p, dout, acc_dv);
+  __device__ __forceinline__ void start_dv(P& p, int step, AccDv& acc) const {
+    const auto dout =
+        operand_b<MmaDv>(transposed(tile_dout(Stages{uint32_t(step)}.stage())));
+    start_gemm<MmaDv, Accumulate::kYes>(p, dout, acc);
   }
-  // B6: dK += dS^T Q. `ds`: dS^T as the A operand.
+  // Starts dK += dS^T Q (B6). `ds`: dS^T as the A operand.
   template <class Ds>
-  __device__ __forceinline__ void start_dk(Ds& ds, int step) {
-    const auto q = operand_b<MmaDk>(
-        part<kDkColumns, kTileM>(transposed(tile_q(Stages{uint32_t(step)}.stage())), dk_part, 0));
-    start_gemm<MmaDk, Accumulate::kYes>(ds, q, acc_dk);
+  __device__ __forceinline__ void start_dk(Ds& ds, int step, AccDk& acc) const {
+    const auto q = operand_b<MmaDk>(transposed(tile_q(Stages{uint32_t(step)}.stage())));
+    start_gemm<MmaDk, Accumulate::kYes>(ds, q, acc);
   }
-  // B7: this consumer's half of dQ = dS K, over all keys of the tile.
-  __device__ __forceinline__ void start_dq(int step, AccDq& acc_dq) const {
-    const int buffer = Scores{uint32_t(step)}.stage();
-    const int half = recompute(consumer);
+  // Starts a part of this consumer's half of dQ = dS K, over all keys of the tile (B7).
+  __device__ __forceinline__ void start_dq(int step, int dq_part, AccDq& acc) const {
+    const int index = recompute(consumer) * Traits::kDqParts + dq_part;
     auto ds = operand_a<MmaDq>(
-        part<Traits::kDqRows, kTileN>(tile_ds(buffer), Traits::kSplitDqRows ? half : 0, 0));
-    const auto k = operand_b<MmaDq>(
-        part<Traits::kDqColumns, kTileN>(transposed(tile_k()), Traits::kSplitDqRows ? 0 : half, 0));
-    start_gemm<MmaDq, Accumulate::kNo>(ds, k, acc_dq);
+        part<Traits::kDqRows, kTileN>(tile_ds(step), Traits::kSplitDqRows ? index : 0, 0));
+    const auto k = operand_b<MmaDq>(part<Traits::kDqColumns, kTileN>(
+        transposed(tile_k()), Traits::kSplitDqRows ? 0 : index, 0));
+    start_gemm<MmaDq, Accumulate::kNo>(ds, k, acc);
   }
 
-  __device__ __forceinline__ void add_dq(int step, const QueryStep& at, const AccDq& acc_dq) const {
+  __device__ __forceinline__ void add_dq(int step, const QueryStep& at, int dq_part,
+                                         const AccDq& acc) const {
     const BackwardParams& params = arguments.params;
     const bool ordered = params.dq_turn != nullptr;
-    if (ordered) smem.barriers.turn_come.wait(step & 1);
+    if (ordered && dq_part == 0) smem.barriers.turn_come.wait(step & 1);
     add_to_dq(
         params.dq_accum + query_tile<Traits>(params, work.coord.batch, at) * Traits::kDqElements,
-        acc_dq, consumer);
-    if (ordered) arrive_as_warp(smem.barriers.turn_used);
+        acc, consumer * Traits::kDqParts + dq_part);
+    if (ordered && dq_part == Traits::kDqParts - 1) arrive_as_warp(smem.barriers.turn_used);
   }
 
-  // ConsumerSplit::kKeys. dQ is that of the step before, `last` (none before the first step): by
-  // now the other consumer has stored its dS.
-  template <bool kFirst>
-  __device__ __forceinline__ void step_of_keys(int step, const QueryStep& last,
-                                               const QueryStep& at) {
-    AccS acc_p, acc_ds;
-    make_scores(step, at, acc_p, acc_ds);
-    auto p = to_operand_a<Element, MmaDv>(acc_p);
-    auto ds = to_operand_a<Element, MmaDk>(acc_ds);
-    AccDq acc_dq;
-    if constexpr (!kFirst) {
-      wait_for_scores(step - 1);
-      start_dq(step - 1, acc_dq);
-    }
-    start_dv(p, step);
-    store_scores(ds, tile_ds(Scores{uint32_t(step)}.stage()));
-    publish_scores(step);
-    start_dk(ds, step);
-    if constexpr (!kFirst) {
-      finish_gemm<2>(acc_dq);
-      add_dq(step - 1, last, acc_dq);
-    }
-    finish_gemm<0>(acc_dv, acc_dk);
-    arrive_as_warp(smem.barriers.stage_empty[Stages{uint32_t(step)}.stage()]);
+  // The buffers of Q (and L) or of dO (and D) of a step are no longer needed.
+  __device__ __forceinline__ void release_q(int step) const {
+    arrive_as_warp(smem.barriers.q_empty[Stages{uint32_t(step)}.stage()]);
+  }
+  __device__ __forceinline__ void release_dout(int step) const {
+    arrive_as_warp(smem.barriers.dout_empty[Stages{uint32_t(step)}.stage()]);
   }
 
-  __device__ __forceinline__ void walk_of_keys() {
-    QueryStep at = QueryStep::first(work);
-    step_of_keys<true>(0, at, at);
-    CUTE_NO_UNROLL
-    for (int step = 1; step < work.steps; ++step) {
-      const QueryStep last = at;
-      at = at.next(work.blocks);
-      step_of_keys<false>(step, last, at);
-    }
-    AccDq acc_dq;
-    wait_for_scores(work.steps - 1);
-    start_dq(work.steps - 1, acc_dq);
-    finish_gemm<0>(acc_dq);
-    add_dq(work.steps - 1, at, acc_dq);
-  }
-
-  // ConsumerSplit::kColumns.
-  __device__ __forceinline__ void walk_of_columns() {
-    QueryStep at = QueryStep::first(work);
-    CUTE_NO_UNROLL
-    for (int step = 0; step < work.steps; ++step, at = at.next(work.blocks)) {
-      const int buffer = Scores{uint32_t(step)}.stage();
-      {
-        AccS acc_p, acc_ds;
-        make_scores(step, at, acc_p, acc_ds);
-        store_scores(to_operand_a<Element, ScoreOperand>(acc_p), tile_p(buffer));
-        store_scores(to_operand_a<Element, ScoreOperand>(acc_ds), tile_ds(buffer));
-      }
-      publish_scores(step);
-      wait_for_scores(step);
-      AccDq acc_dq;
-      auto p = operand_a<MmaDv>(transposed(tile_p(buffer)));
-      auto ds = operand_a<MmaDk>(transposed(tile_ds(buffer)));
-      start_dv(p, step);
-      start_dq(step, acc_dq);
-      start_dk(ds, step);
-      finish_gemm<1>(acc_dv, acc_dq);
-      add_dq(step, at, acc_dq);
-      finish_gemm<0>(acc_dk);
-      arrive_as_warp(smem.barriers.stage_empty[Stages{uint32_t(step)}.stage()]);
-    }
-  }
-
-  // B8: this consumer's part of dK or dV, over that of K or V.
+  // B8: this consumer's keys of dK or dV, over those of K or V.
   template <int kBox, class Acc, class Tile>
   __device__ __forceinline__ void write_key_gradient(const CUtensorMap& map, const Acc& acc,
-                                                     const Tile& tile, int first_column) const {
-    constexpr int kColumns = decltype(size<0, 2>(acc))::value * 8;
+                                                     const Tile& tile) const {
+    constexpr int kColumns = decltype(size<1>(tile))::value;
     const StoreLane lane = StoreLane::rows();
-    const auto values = to_operand_a<Element, ScoreOperand>(acc);
+    // Any product with A in registers: the conversion's result is stored, not multiplied.
+    const auto values = to_operand_a<Element, RegisterMma<Element, kKeys, 64, Major::MN>>(acc);
     const int row = first_key + thread / 32 * 16 + lane.row;
     CUTE_UNROLL
     for (int block = 0; block < kColumns / 16; ++block) {
-      store_block<SM90_U32x4_STSM_N>(values, block,
-                                     &tile(row, first_column + 16 * block + lane.column));
+      store_block<SM90_U32x4_STSM_N>(values, block, &tile(row, 16 * block + lane.column));
     }
     cutlass::arch::fence_view_async_shared();
     sync_consumer(consumer);
     if (thread == 0) {
       tma_store<kTileN, kColumns, kBox>(
-          map, &tile(first_key, first_column),
-          {work.key_begin + first_key, work.coord.head, work.coord.batch, first_column});
+          map, &tile(first_key, 0),
+          {work.key_begin + first_key, work.coord.head, work.coord.batch});
     }
   }
-
-  __device__ __forceinline__ void run() {
-    clear(acc_dk);
-    clear(acc_dv);
-    if (work.steps > 0) {
-      smem.barriers.k_full.wait(0);
-      smem.barriers.v_full.wait(0);
-      if constexpr (Traits::kSplitKeys) {
-        walk_of_keys();
-      } else {
-        walk_of_columns();
-      }
-    }
+  __device__ __forceinline__ void write_dv(const AccDv& acc) const {
+    write_key_gradient<kBoxColumns<kHeadDimV>>(arguments.dv, acc, tile_v());
+  }
+  __device__ __forceinline__ void write_dk(AccDk& acc) const {
     CUTE_UNROLL
-    for (int i = 0; i < size(acc_dk); ++i) acc_dk(i) *= arguments.params.softmax_scale;
-    sync_consumers();  // both are done with K and V
-    write_key_gradient<Traits::kBoxV>(arguments.dv, acc_dv, tile_v(), dv_part * kDvColumns);
-    write_key_gradient<Traits::kBoxK>(arguments.dk, acc_dk, tile_k(), dk_part * kDkColumns);
-    if (thread == 0) tma_store_wait<0>();  // shared memory has to outlive them
+    for (int i = 0; i < size(acc); ++i) acc(i) *= arguments.params.softmax_scale;
+    write_key_gradient<Traits::kBoxK>(arguments.dk, acc, tile_k());
   }
-
- private:
-  // Any product with A in registers: where a conversion's result is stored, not multiplied.
-  using ScoreOperand = RegisterMma<Element, kKeys, 64, Major::MN>;
+  // Shared memory has to outlive the stores.
+  __device__ __forceinline__ void wait_for_stores() const {
+    if (thread == 0) tma_store_wait<0>();
+  }
 };
 
 }  // namespace flash_attn2::sm90

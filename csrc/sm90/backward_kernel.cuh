@@ -7,8 +7,9 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
-#include "backward_consumer.cuh"
+#include "backward_keys.cuh"
 #include "backward_producer.cuh"
+#include "backward_roles.cuh"
 
 namespace flash_attn2::sm90 {
 
@@ -39,7 +40,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    BackwardConsumer<Traits>(arguments, smem, BackwardWork<Traits>(params, index), group - 1).run();
+    const BackwardWork<Traits> work(params, index);
+    if constexpr (Traits::kSplitKeys) {
+      KeysConsumer<Traits>(arguments, smem, work, group - 1).run();
+    } else if (group == 1) {
+      ProbabilityConsumer<Traits>(arguments, smem, work, 0).run();
+    } else {
+      GradientConsumer<Traits>(arguments, smem, work, 1).run();
+    }
   }
 }
 

@@ -21,12 +21,12 @@ BackwardArguments backward_arguments(const BackwardParams& params) {
                            box_rows, box_columns, params.k.ptr);
   };
   BackwardArguments arguments;
-  arguments.q = queries(params.q, Traits::kBoxQ);
+  arguments.q = queries(params.q, kBoxColumns<Traits::kHeadDim>);
   arguments.k = keys(params.k, Traits::kTileN, Traits::kBoxK);
-  arguments.v = keys(params.v, Traits::kTileN, Traits::kBoxV);
-  arguments.dout = queries(params.dout, Traits::kBoxV);
+  arguments.v = keys(params.v, Traits::kTileN, kBoxColumns<Traits::kHeadDimV>);
+  arguments.dout = queries(params.dout, kBoxColumns<Traits::kHeadDimV>);
   arguments.dk = keys(params.dk, Traits::kKeys, Traits::kBoxK);
-  arguments.dv = keys(params.dv, Traits::kKeys, Traits::kBoxV);
+  arguments.dv = keys(params.dv, Traits::kKeys, kBoxColumns<Traits::kHeadDimV>);
   arguments.params = params;
   return arguments;
 }

@@ -26,20 +26,20 @@ struct BackwardProducer {
         {work.key_begin, work.coord.head, work.coord.batch});
   }
   __device__ __forceinline__ void load_v() const {
-    tma_load<Traits::kTileN, Traits::kHeadDimV, Traits::kBoxV>(
+    tma_load<Traits::kTileN, Traits::kHeadDimV>(
         arguments.v, open(smem.barriers.v_full, sizeof(smem.v)), smem.v,
         {work.key_begin, work.coord.head, work.coord.batch});
   }
   __device__ __forceinline__ void load_q(const QueryStep& at, int stage) const {
     uint64_t* full = open(smem.barriers.q_full[stage], sizeof(smem.q[0]) + sizeof(smem.lse[0]));
-    tma_load<Traits::kTileM, Traits::kHeadDim, Traits::kBoxQ>(
+    tma_load<Traits::kTileM, Traits::kHeadDim>(
         arguments.q, full, smem.q[stage], {at.block * Traits::kTileM, at.head, work.coord.batch});
     load_row(arguments.params.lse_log2, full, smem.lse[stage], at);
   }
   __device__ __forceinline__ void load_dout(const QueryStep& at, int stage) const {
     uint64_t* full =
         open(smem.barriers.dout_full[stage], sizeof(smem.dout[0]) + sizeof(smem.delta[0]));
-    tma_load<Traits::kTileM, Traits::kHeadDimV, Traits::kBoxV>(
+    tma_load<Traits::kTileM, Traits::kHeadDimV>(
         arguments.dout, full, smem.dout[stage],
         {at.block * Traits::kTileM, at.head, work.coord.batch});
     load_row(arguments.params.delta, full, smem.delta[stage], at);
@@ -63,8 +63,9 @@ struct BackwardProducer {
     for (int step = 1; step < work.steps; ++step) {
       at = at.next(work.blocks);
       const Ring<Traits::kStages> ring{uint32_t(step)};
-      smem.barriers.stage_empty[ring.stage()].wait(ring.parity() ^ 1);
+      smem.barriers.q_empty[ring.stage()].wait(ring.parity() ^ 1);
       load_q(at, ring.stage());
+      smem.barriers.dout_empty[ring.stage()].wait(ring.parity() ^ 1);
       load_dout(at, ring.stage());
     }
   }

@@ -25,11 +25,11 @@ struct BackwardTiles<Element, 128> {
 };
 template <class Element>
 struct BackwardTiles<Element, 192> {
-  using Rows = std::tuple<BackwardTraits<Element, 192, 64, 64, ConsumerSplit::kColumns>>;
+  using Rows = std::tuple<BackwardTraits<Element, 192, 64, 64, ConsumerSplit::kRoles>>;
 };
 template <class Element>
 struct BackwardTiles<Element, 256> {
-  using Rows = std::tuple<BackwardTraits<Element, 256, 64, 64, ConsumerSplit::kColumns>>;
+  using Rows = std::tuple<BackwardTraits<Element, 256, 64, 64, ConsumerSplit::kRoles>>;
 };
 
 // Adds one row of the table to the registry; one a file.

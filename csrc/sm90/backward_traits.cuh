@@ -10,12 +10,10 @@
 
 namespace flash_attn2::sm90 {
 
-// How the two consumers share the dK and dV (keys x columns) of a thread block.
+// How the two consumers share the work of a thread block.
 enum class ConsumerSplit {
-  kKeys,     // 64 keys each: P^T and dS^T stay in registers as the A operands of dV and dK
-  kColumns,  // half of the columns of the same 64 keys: half of the queries of S^T and dP^T each,
-             // and P and dS meet in shared memory. For head dims whose dK and dV of 64 keys fill
-             // more registers than a warpgroup has
+  kKeys,   // 64 keys each, see backward_keys.cuh
+  kRoles,  // the same 64 keys, one makes P and dV, the other dS and dK, see backward_roles.cuh
 };
 
 template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, ConsumerSplit kSplit_>
@@ -29,35 +27,31 @@ struct BackwardTraits {
   static constexpr int kStages = 2;  // of Q and dO
   static constexpr int kThreads = (kConsumers + 1) * kWarpGroupThreads;
   // setmaxnreg: 128 * (24 + 2 * 240) of 64K registers.
-  static constexpr int kProducerRegisters = kSplitKeys ? 24 : 40;
-  static constexpr int kConsumerRegisters = kSplitKeys ? 240 : 232;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
 
-  // One consumer's share of S^T and dP^T, of dK and dV, and of dQ.
-  static constexpr int kKeys = 64;
-  static constexpr int kQueries = kSplitKeys ? kTileM : kTileM / kConsumers;
-  static constexpr int kDkColumns = kSplitKeys ? kHeadDim : kHeadDim / kConsumers;
-  static constexpr int kDvColumns = kSplitKeys ? kHeadDimV : kHeadDimV / kConsumers;
+  static constexpr int kKeys = 64;  // of one consumer's S^T and dP^T
+  static_assert(kTileN == (kSplitKeys ? kConsumers * kKeys : kKeys));
+
+  // dQ: half of the rows or of the columns for each consumer; in parts where the accumulators of
+  // the half would not fit beside those of dK or dV.
   static constexpr bool kSplitDqRows = kTileM == 128;
+  static constexpr int kDqParts = kHeadDim > 192 ? 2 : 1;
   static constexpr int kDqRows = kSplitDqRows ? kTileM / kConsumers : kTileM;
-  static constexpr int kDqColumns = kSplitDqRows ? kHeadDim : kHeadDim / kConsumers;
+  static constexpr int kDqColumns = kSplitDqRows ? kHeadDim : kHeadDim / kConsumers / kDqParts;
   static constexpr int kDqElements = kTileM * kHeadDim;
-  static_assert(kTileN == (kSplitKeys ? kConsumers * kKeys : kKeys) && kDqRows == 64);
+  static_assert(kDqRows == 64);
 
-  // Buffers of dS (and P). A consumer that has passed scores_full of step n - 1 knows that all
-  // warps have finished step n - 2, whose last read was of the dS of step n - 3 (kKeys: dQ runs one
-  // step late) or n - 2 (kColumns); it then writes that of step n.
+  // Buffers of dS. A consumer writes that of step n when it knows that the other one has stored
+  // dS of step n - 1 (kKeys) or P of step n (kRoles). The other one has then finished dQ of step
+  // n - 3, which ran one step late, or of step n - 2.
   static constexpr int kScoreBuffers = kSplitKeys ? 3 : 2;
 
-  // Columns of a slab of shared memory: consumers' shares are whole slabs.
-  static constexpr int kBoxQ = kBoxColumns<kDkColumns>;
-  static constexpr int kBoxK = kBoxColumns<kDqColumns>;  // also of dK
-  static constexpr int kBoxV = kBoxColumns<kDvColumns>;  // also of dO and dV
+  static constexpr int kBoxK = kBoxColumns<kDqColumns>;  // of K and dK: dQ takes whole slabs
 
-  using MmaS = SmemMma<Element, kKeys, kQueries, Major::K, Major::K>;  // S^T, dP^T
-  using MmaDk = std::conditional_t<kSplitKeys, RegisterMma<Element, kKeys, kDkColumns, Major::MN>,
-                                   SmemMma<Element, kKeys, kDkColumns, Major::MN, Major::MN>>;
-  using MmaDv = std::conditional_t<kSplitKeys, RegisterMma<Element, kKeys, kDvColumns, Major::MN>,
-                                   SmemMma<Element, kKeys, kDvColumns, Major::MN, Major::MN>>;
+  using MmaS = SmemMma<Element, kKeys, kTileM, Major::K, Major::K>;  // S^T, dP^T
+  using MmaDk = RegisterMma<Element, kKeys, kHeadDim, Major::MN>;
+  using MmaDv = RegisterMma<Element, kKeys, kHeadDimV, Major::MN>;
   using MmaDq = SmemMma<Element, kDqRows, kDqColumns, Major::K, Major::MN>;
 
   struct SharedStorage {
@@ -66,10 +60,10 @@ struct BackwardTraits {
     alignas(1024) Element q[kStages][kTileM * kHeadDim];
     alignas(1024) Element dout[kStages][kTileM * kHeadDimV];
     alignas(1024) Element ds[kScoreBuffers][kTileM * kTileN];
-    alignas(1024) Element p[kSplitKeys ? 1 : kScoreBuffers][kSplitKeys ? 1 : kTileM * kTileN];
+    alignas(128) float p[kSplitKeys ? 1 : kTileM * kTileN];
     alignas(128) float lse[kStages][kTileM];
     alignas(128) float delta[kStages][kTileM];
-    BackwardBarriers<kStages, kScoreBuffers> barriers;
+    BackwardBarriers<kStages, kScoreBuffers, kSplitKeys ? kConsumers : 1> barriers;
     int index;  // the thread block's place in the grid
   };
   static constexpr int kSmemBytes = int(sizeof(SharedStorage));

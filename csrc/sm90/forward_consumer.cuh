@@ -16,40 +16,15 @@ __device__ __forceinline__ auto rows_columns(Acc& acc) {
                                              make_layout(get<0, 0>(layout), get<0, 2>(layout))));
 }
 
-// Rounds accumulators to the element type, two at a time.
-template <class Acc, class Rounded>
-__device__ __forceinline__ void round_to(const Acc& acc, Rounded& rounded) {
-  using Element = typename Rounded::value_type;
-  const auto pairs = recast<cutlass::Array<float, 2>>(acc);
-  auto target = recast<cutlass::Array<Element, 2>>(rounded);
-  CUTE_UNROLL
-  for (int i = 0; i < size(target); ++i) {
-    target(i) = cutlass::NumericArrayConverter<Element, float, 2>::convert(pairs(i));
-  }
-}
+// A warpgroup's part of a tile: 64 rows from row_begin and the key blocks that one of them sees.
+struct GroupTile {
+  TileCoord coord;
+  int row_begin;
+  BlockRange blocks;
+  int leading, trailing;  // blocks of the whole tile before and after these, last block first
 
-// The layout of S's accumulators, ((2, 2, N / 8), 1, 1), as the A operand of the next product,
-// ((2, 2, 2), 1, N / 16): P stays where S was computed.
-template <class Layout>
-__device__ __forceinline__ constexpr auto operand_a_layout(Layout layout) {
-  const auto split = logical_divide(get<0, 2>(layout), _2{});
-  return make_layout(make_layout(get<0, 0>(layout), get<0, 1>(layout), get<0>(split)),
-                     get<1>(layout), get<1>(split));
-}
-
-// Issues acc += A B^T (acc = A B^T when kOverwrite) as one wgmma group. The caller waits.
-template <bool kOverwrite, class Mma, class A, class B, class Acc>
-__device__ __forceinline__ void issue(Mma& mma, const A& a, const B& b, Acc& acc) {
-  warpgroup_fence_operand(acc);
-  warpgroup_arrive();
-  mma.accumulate_ = kOverwrite ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
-  CUTE_UNROLL
-  for (int k = 0; k < size<2>(a); ++k) {
-    gemm(mma, a(_, _, k), b(_, _, k), acc);
-    mma.accumulate_ = GMMA::ScaleOut::One;
-  }
-  warpgroup_commit_batch();
-}
+  __device__ __forceinline__ bool any_key() const { return blocks.begin < blocks.end; }
+};
 
 template <class Traits>
 struct ForwardConsumer {
@@ -57,22 +32,27 @@ struct ForwardConsumer {
   using MmaS = typename Traits::MmaS;
   using MmaO = typename Traits::MmaO;
   static constexpr int kTileN = Traits::kTileN, kGroupRows = Traits::kGroupRows;
-  using AccS = decltype(partition_fragment_C(MmaS{}, cute::Shape<_64, Int<kTileN>>{}));
-  using AccO = decltype(partition_fragment_C(MmaO{}, cute::Shape<_64, Int<Traits::kHeadDimV>>{}));
-  using P = decltype(make_tensor<Element>(operand_a_layout(typename AccS::layout_type{})));
+  static constexpr int kOutColumns = Traits::kOutColumns;
+  using AccS = Accumulator<MmaS, kGroupRows, kTileN>;
+  using AccO = Accumulator<MmaO, kGroupRows, Traits::kHeadDimV>;
+  using P = decltype(to_operand_a<Element, MmaO>(AccS{}));
+  using Rounded = decltype(to_operand_a<Element, MmaO>(AccO{}));
   static constexpr int kRows = 2;  // of a tile, held by one thread
+  using Softmax = OverlappedSoftmax<kRows>;
   using GroupTurns = Turns<Traits::kGroups>;
+  using BlockRing = Ring<Traits::kStages>;
 
   const ForwardArguments& arguments;
   typename Traits::SharedStorage& smem;
   const int group, thread;  // thread: inside the group
   const VisibleKeys visible;
   const float scale_log2;
-  Ring<Traits::kStages> ring;  // of the block whose scores are next; V's may be one use behind
-  uint32_t q_parity = 0;
+  BlockRing ring;    // of the block whose scores are next
+  BlockRing ring_v;  // of the block whose P waits for its V
+  Ring<Traits::kQStages> ring_q;
   AccO acc_out;
   P probabilities;
-  OverlappedSoftmax<kRows> softmax;
+  Softmax softmax;
 
   __device__ __forceinline__ ForwardConsumer(const ForwardArguments& arguments,
                                              typename Traits::SharedStorage& smem, int group)
@@ -81,72 +61,119 @@ struct ForwardConsumer {
         group(group),
         thread(threadIdx.x % kWarpGroupThreads),
         visible(arguments.params.shape, arguments.params.window),
-        scale_log2(arguments.params.softmax_scale * kLog2e) {}
+        scale_log2(arguments.params.softmax_scale * kLog2e) {
+    clear(acc_out);
+  }
 
   // Every warp tells the producer that it no longer reads the buffer.
   __device__ __forceinline__ void release(Barrier& empty) const {
     if (thread % 32 == 0) empty.arrive();
   }
+  __device__ __forceinline__ void release_q() {
+    release(smem.barriers.q_empty[ring_q.stage()][group]);
+    ++ring_q.use;
+  }
 
-  // F2 to F5 for one key block, with F6 of the block before it (unless kFirst) under way:
-  // S = Q K^T and O += P V are issued together, and the softmax of S runs while P V is computed.
-  template <bool kFirst>
-  __device__ __forceinline__ void step(int row_begin, int block) {
-    const Ring<Traits::kStages> before{ring.use - 1};
+  // The products that are under way when the scores of a block are issued.
+  enum class Before {
+    kNothing,
+    kBlock,  // O += P V of the block before, of the same tile
+    kTile,   // the same for the last block of the tile before, whose output is finished next
+  };
+
+  // F2 to F5 for one key block, with F6 of the block before it: S = Q K^T and O += P V are issued
+  // together, and the softmax of S runs while P V is computed. `ended`: the tile before.
+  template <Before kBefore>
+  __device__ __forceinline__ void step(const GroupTile& tile, int block, const GroupTile& ended) {
     AccS acc_s;
     smem.barriers.k_full[ring.stage()].wait(ring.parity());
     GroupTurns::wait(group);
-    issue_scores(acc_s);
-    if constexpr (!kFirst) issue_output(before);
+    start_scores(acc_s);
+    if constexpr (kBefore != Before::kNothing) start_output();
     GroupTurns::pass(group);
-    warpgroup_wait<kFirst ? 0 : 1>();
-    warpgroup_fence_operand(acc_s);
+    finish_gemm<kBefore == Before::kNothing ? 0 : 1>(acc_s);
     release(smem.barriers.k_empty[ring.stage()]);
+    if (Traits::kOwnOutBuffer && block == tile.blocks.begin) release_q();
 
     auto scores = rows_columns(acc_s);
-    if (visible.tile_needs_mask(row_begin, kGroupRows, block * kTileN, kTileN)) {
+    if (visible.tile_needs_mask(tile.row_begin, kGroupRows, block * kTileN, kTileN)) {
       // Relative to the thread's first row and column, coordinates are constants.
       const auto coords = [](int i, int j) { return make_coord(8 * i, j % 2 + j / 2 * 8); };
-      apply_mask(scores, coords, visible, row_begin + thread_row(),
+      apply_mask(scores, coords, visible, tile.row_begin + thread_row(),
                  block * kTileN + thread % 4 * 2);
     }
-    float factor[kRows];
-    const bool grew = softmax.update(scores, factor, scale_log2);
-    if constexpr (!kFirst) {
-      finish_output(before);
-      auto out = rows_columns(acc_out);
-      if (grew) scale_rows(out, factor);
+    if constexpr (kBefore == Before::kTile) {
+      change_tile(scores, ended);
+    } else {
+      float factor[kRows];
+      const bool grew = softmax.update(scores, factor, scale_log2);
+      if constexpr (kBefore == Before::kBlock) {
+        finish_output();
+        auto out = rows_columns(acc_out);
+        if (grew) scale_rows(out, factor);
+      }
     }
     round_to(acc_s, probabilities);
+    ring_v = ring;
     ++ring.use;
   }
 
   // Starts S = Q K^T.
-  __device__ __forceinline__ void issue_scores(AccS& acc_s) {
-    MmaS mma;
-    const auto slice = mma.get_thread_slice(thread);
-    const auto q = make_tensor(make_smem_ptr(smem.q[group]), typename Traits::LayoutQ{});
-    const auto k = make_tensor(make_smem_ptr(smem.k[0]), typename Traits::LayoutK{});
-    const auto fragment_q = slice.make_fragment_A(slice.partition_A(q));
-    const auto fragment_k = slice.make_fragment_B(slice.partition_B(k));
-    issue<true>(mma, fragment_q, fragment_k(_, _, _, ring.stage()), acc_s);
+  __device__ __forceinline__ void start_scores(AccS& acc_s) const {
+    auto q = operand_a<MmaS>(
+        smem_tile<kGroupRows, Traits::kHeadDim>(smem.q[ring_q.stage()][group]));
+    const auto k = operand_b<MmaS>(smem_tile<kTileN, Traits::kHeadDim>(smem.k[ring.stage()]));
+    start_gemm<MmaS, Accumulate::kNo>(q, k, acc_s);
   }
 
   // Starts O += P V (F6).
-  __device__ __forceinline__ void issue_output(const Ring<Traits::kStages>& at) {
-    MmaO mma;
-    const auto slice = mma.get_thread_slice(thread);
-    const auto v = make_tensor(make_smem_ptr(smem.v[0]), typename Traits::LayoutV{});
-    const auto fragment_v = slice.make_fragment_B(slice.partition_B(v));
-    smem.barriers.v_full[at.stage()].wait(at.parity());
-    warpgroup_fence_operand(probabilities);
-    issue<false>(mma, probabilities, fragment_v(_, _, _, at.stage()), acc_out);
+  __device__ __forceinline__ void start_output() {
+    const auto v = operand_b<MmaO>(
+        transposed(smem_tile<kTileN, Traits::kHeadDimV>(smem.v[ring_v.stage()])));
+    smem.barriers.v_full[ring_v.stage()].wait(ring_v.parity());
+    start_gemm<MmaO, Accumulate::kYes>(probabilities, v, acc_out);
   }
 
-  __device__ __forceinline__ void finish_output(const Ring<Traits::kStages>& at) {
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(acc_out);
-    release(smem.barriers.v_empty[at.stage()]);
+  __device__ __forceinline__ void finish_output() {
+    finish_gemm<0>(acc_out);
+    release(smem.barriers.v_empty[ring_v.stage()]);
+  }
+
+  // The softmax of a tile's first scores, and the end of the tile before, whose last O += P V is
+  // under way. An output that leaves in parts finds time for the first store to read its part.
+  template <class Scores>
+  __device__ __forceinline__ void change_tile(Scores& scores, const GroupTile& ended) {
+    Softmax last = softmax;
+    softmax = Softmax();
+    float unused[kRows];
+    if constexpr (Traits::kOutParts == 1) softmax.update(scores, unused, scale_log2);
+    finish_output();
+    const Rounded out = round_output(ended, last);
+    store_part(out, 0, ended);
+    if constexpr (Traits::kOutParts > 1) {
+      softmax.update(scores, unused, scale_log2);
+      CUTE_UNROLL
+      for (int part = 1; part < Traits::kOutParts; ++part) store_part(out, part, ended);
+    }
+    clear(acc_out);
+  }
+
+  // The end of a tile after which nothing is under way.
+  __device__ __forceinline__ void finish_tile(const GroupTile& tile) {
+    if (tile.any_key()) {
+      start_output();
+      finish_output();
+    }
+    if constexpr (!Traits::kOwnOutBuffer) sync_rows<Traits::kGroups>(group);  // all left Q
+    const Rounded out = round_output(tile, softmax);
+    CUTE_UNROLL
+    for (int part = 0; part < Traits::kOutParts; ++part) store_part(out, part, tile);
+    softmax = Softmax();
+    clear(acc_out);
+    if constexpr (!Traits::kOwnOutBuffer) {
+      wait_for_store();
+      release_q();
+    }
   }
 
   // Key blocks of the tile that no row of this group sees.
@@ -155,10 +182,8 @@ struct ForwardConsumer {
     for (; blocks > 0; --blocks) {
       smem.barriers.k_full[ring.stage()].wait(ring.parity());
       release(smem.barriers.k_empty[ring.stage()]);
-      {
-        GroupTurns::wait(group);
-        GroupTurns::pass(group);
-      }
+      GroupTurns::wait(group);
+      GroupTurns::pass(group);
       smem.barriers.v_full[ring.stage()].wait(ring.parity());
       release(smem.barriers.v_empty[ring.stage()]);
       ++ring.use;
@@ -170,58 +195,46 @@ struct ForwardConsumer {
     return thread / 32 * Traits::kWarpRows + thread % 32 / 4;
   }
 
-  // F2 to F6 for the key blocks that this group sees, last block first; leaves Q.
-  __device__ __forceinline__ void attend(int row_begin, const BlockRange& blocks) {
-    int block = blocks.end - 1;
-    step<true>(row_begin, block);
-    CUTE_NO_UNROLL
-    while (--block >= blocks.begin) step<false>(row_begin, block);
-    if constexpr (Traits::kOwnOutBuffer) release(smem.barriers.q_empty[group]);
-    const Ring<Traits::kStages> last{ring.use - 1};
-    issue_output(last);
-    finish_output(last);
-  }
-
-  // F7: out = O / l and L = m + log l. Every warp stores its 16 rows by itself.
-  __device__ __forceinline__ void write_output(const TileCoord& coord, int row_begin) {
+  // F7: L = m + log l to memory; O / l, rounded, as stmatrix takes it.
+  __device__ __forceinline__ Rounded round_output(const GroupTile& tile, Softmax& state) {
     float inverse_sum[kRows], lse[kRows];
-    softmax.finish(inverse_sum, lse, scale_log2);
-    auto out = rows_columns(acc_out);
-    scale_rows(out, inverse_sum);
-
+    state.finish(inverse_sum, lse, scale_log2);
     const AttentionShape& shape = arguments.params.shape;
-    const int lane = thread % 32, warp = thread / 32;
-    const int warp_row = row_begin + warp * Traits::kWarpRows;
-    float* lse_head =
-        arguments.params.lse + (int64_t(coord.batch) * shape.heads_q + coord.head) * shape.seqlen_q;
-    if (lane % 4 == 0) {  // one thread of each quad
+    float* lse_head = arguments.params.lse +
+                      (int64_t(tile.coord.batch) * shape.heads_q + tile.coord.head) *
+                          shape.seqlen_q;
+    if (thread % 4 == 0) {  // one thread of each quad
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        const int row = row_begin + thread_row() + 8 * i;
+        const int row = tile.row_begin + thread_row() + 8 * i;
         if (row < shape.seqlen_q) lse_head[row] = lse[i];
       }
     }
+    auto out = rows_columns(acc_out);
+    scale_rows(out, inverse_sum);
+    return to_operand_a<Element, MmaO>(acc_out);
+  }
 
-    if constexpr (Traits::kOwnOutBuffer) {
-      wait_for_store();
-    } else {
-      sync_rows<Traits::kGroups>(group);  // all warps are done with Q
+  // Stores kOutColumns columns of the output. Every warp stores its 16 rows by itself.
+  __device__ __forceinline__ void store_part(const Rounded& out, int part, const GroupTile& tile) {
+    wait_for_store();
+    const int warp = thread / 32;
+    Element* const buffer = smem.out_tile(group);
+    const auto target = smem_tile<kGroupRows, kOutColumns>(buffer);
+    const StoreLane lane = StoreLane::rows();
+    CUTE_UNROLL
+    for (int block = 0; block < kOutColumns / 16; ++block) {
+      store_block<SM90_U32x4_STSM_N>(
+          out, part * (kOutColumns / 16) + block,
+          &target(warp * Traits::kWarpRows + lane.row, 16 * block + lane.column));
     }
-    Element* const tile = smem.out_tile(group);
-    auto smem_out = as_position_independent_swizzle_tensor(
-        make_tensor(make_smem_ptr(tile), typename Traits::LayoutOut{}));
-    auto rounded = make_tensor_like<Element>(acc_out);
-    round_to(acc_out, rounded);
-    const auto copy_out =
-        make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, MmaO{}).get_thread_slice(thread);
-    copy(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, copy_out.retile_S(rounded),
-         copy_out.partition_D(smem_out));
     tma_store_fence();
     __syncwarp();
-    if (lane == 0) {
-      tma_store<kGroupRows, Traits::kHeadDimV>(
-          arguments.out, tile + warp * Traits::kWarpRows * kBoxColumns<Traits::kHeadDimV>,
-          {warp_row, coord.head, coord.batch});
+    if (thread % 32 == 0) {
+      tma_store<kGroupRows, kOutColumns>(
+          arguments.out, buffer + warp * Traits::kWarpRows * kBoxColumns<kOutColumns>,
+          {tile.row_begin + warp * Traits::kWarpRows, tile.coord.head, tile.coord.batch,
+           part * kOutColumns});
     }
   }
 
@@ -231,33 +244,55 @@ struct ForwardConsumer {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void run_tile(const ForwardTile& tile) {
-    const int row_begin = tile.row_begin + group * kGroupRows;
-    clear(acc_out);
-    softmax = OverlappedSoftmax<kRows>();
-    smem.barriers.q_full[group].wait(q_parity);
-    q_parity ^= 1;
-    const BlockRange blocks = visible.key_blocks(row_begin, kGroupRows, kTileN);
-    if (row_begin < visible.seqlen_q && blocks.begin < blocks.end) {
-      skip(tile.blocks.end - blocks.end);
-      attend(row_begin, blocks);
-      skip(blocks.begin - tile.blocks.begin);
+  __device__ __forceinline__ GroupTile part_of(const ForwardTile& tile) const {
+    GroupTile part{tile.coord, tile.row_begin + group * kGroupRows, {0, 0}, 0, 0};
+    if (part.row_begin < visible.seqlen_q) {
+      part.blocks = visible.key_blocks(part.row_begin, kGroupRows, kTileN);
+    }
+    if (part.any_key()) {
+      part.leading = tile.blocks.end - part.blocks.end;
+      part.trailing = part.blocks.begin - tile.blocks.begin;
     } else {
-      if constexpr (Traits::kOwnOutBuffer) release(smem.barriers.q_empty[group]);
-      skip(tile.blocks.end - tile.blocks.begin);
+      part.leading = max(tile.blocks.end - tile.blocks.begin, 0);
     }
-    write_output(tile.coord, row_begin);
-    if constexpr (!Traits::kOwnOutBuffer) {
-      wait_for_store();
-      release(smem.barriers.q_empty[group]);
-    }
+    return part;
   }
 
+  // Tile after tile. The end of one runs under the first scores of the next, except where the tile
+  // before has no last product, or where skipping blocks needs the stage that its V is in.
   __device__ __forceinline__ void run() {
     GroupTurns::start(group);
     typename Traits::Schedule schedule(arguments.params);
-    ForwardTile tile;
-    while (schedule.next(tile)) run_tile(tile);
+    ForwardTile whole;
+    GroupTile ended;
+    bool open = false;  // `ended` has still to be finished
+    while (schedule.next(whole)) {
+      const GroupTile tile = part_of(whole);
+      const int skipped = tile.leading + (open ? ended.trailing : 0);
+      smem.barriers.q_full[ring_q.stage()][group].wait(ring_q.parity());
+      int block = tile.blocks.end - 1;
+      if (Traits::kOwnOutBuffer && open && ended.any_key() && tile.any_key() &&
+          skipped < Traits::kStages) {
+        skip(skipped);
+        step<Before::kTile>(tile, block, ended);
+      } else {
+        if (open) finish_tile(ended);
+        skip(skipped);
+        if (tile.any_key()) {
+          step<Before::kNothing>(tile, block, ended);
+        } else if (Traits::kOwnOutBuffer) {
+          release_q();
+        }
+      }
+      CUTE_NO_UNROLL
+      while (--block >= tile.blocks.begin) step<Before::kBlock>(tile, block, ended);
+      ended = tile;
+      open = true;
+    }
+    if (open) {
+      finish_tile(ended);
+      skip(ended.trailing);
+    }
     wait_for_store();  // shared memory has to outlive it
   }
 };

@@ -98,16 +98,21 @@ __device__ __forceinline__ void finish_gemm(Acc&... acc) {
 
 // Accumulators of a (64, K) product as the A operand of the next: element k of a thread is element
 // k of the other, so only the type changes.
-template <class Element, class Mma, class Acc>
-__device__ __forceinline__ auto to_operand_a(const Acc& acc) {
-  constexpr int kColumns = decltype(size<0, 2>(acc))::value * 8;
-  auto result = make_tensor<Element>(partition_shape_A(Mma{}, cute::Shape<_64, Int<kColumns>>{}));
-  auto pairs = recast<cutlass::Array<Element, 2>>(result);
+template <class Acc, class Operand>
+__device__ __forceinline__ void round_to(const Acc& acc, Operand& operand) {
+  using Element = typename Operand::value_type;
+  auto pairs = recast<cutlass::Array<Element, 2>>(operand);
   cutlass::NumericArrayConverter<Element, float, 2> convert;
   CUTE_UNROLL
   for (int i = 0; i < size(pairs); ++i) {
     pairs(i) = convert(cutlass::Array<float, 2>{acc(2 * i), acc(2 * i + 1)});
   }
+}
+template <class Element, class Mma, class Acc>
+__device__ __forceinline__ auto to_operand_a(const Acc& acc) {
+  constexpr int kColumns = decltype(size<0, 2>(acc))::value * 8;
+  auto result = make_tensor<Element>(partition_shape_A(Mma{}, cute::Shape<_64, Int<kColumns>>{}));
+  round_to(acc, result);
   return result;
 }
 

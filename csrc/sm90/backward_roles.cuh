@@ -1,0 +1,166 @@
+// ConsumerSplit::kRoles: for head dims whose dK or dV of 64 keys alone fills the registers of a
+// warpgroup. One consumer makes P and sums dV, the other makes dS and sums dK; each makes half of
+// the columns of dQ.
+//
+// P goes from the one to the other in fp32, thread to thread: S^T and dP^T lie in the same registers
+// of the same thread of a warpgroup. The first consumer runs ahead: its exponentials of a step fall
+// under the other's products of the step before.
+#pragma once
+
+#include "backward_consumer.cuh"
+
+namespace flash_attn2::sm90 {
+
+template <class Traits>
+struct RoleConsumer : BackwardConsumer<Traits> {
+  using Base = BackwardConsumer<Traits>;
+  using typename Base::AccDq, typename Base::AccS, typename Base::Element;
+  using Base::Base, Base::smem, Base::work, Base::thread;
+  using Shared = Ring<1>;  // the one buffer of P
+
+  // This thread's values i to i + 3 of the step's P^T.
+  __device__ __forceinline__ float4& shared_p(int i) const {
+    return *reinterpret_cast<float4*>(smem.p + (i * kWarpGroupThreads + thread * 4));
+  }
+
+  // B7, the part `dq_part` of which is under way.
+  __device__ __forceinline__ void finish_dq(int step, const QueryStep& at, AccDq& acc_dq) const {
+    finish_gemm<0>(acc_dq);
+    this->add_dq(step, at, 0, acc_dq);
+    CUTE_UNROLL
+    for (int dq_part = 1; dq_part < Traits::kDqParts; ++dq_part) {
+      this->start_dq(step, dq_part, acc_dq);
+      finish_gemm<0>(acc_dq);
+      this->add_dq(step, at, dq_part, acc_dq);
+    }
+  }
+};
+
+// P and dV.
+template <class Traits>
+struct ProbabilityConsumer : RoleConsumer<Traits> {
+  using Base = RoleConsumer<Traits>;
+  using typename Base::AccDq, typename Base::AccS, typename Base::Element;
+  using Base::Base, Base::smem, Base::work;
+
+  typename Base::AccDv acc_dv;
+
+  // Turns S^T into P^T, and shows it to the other consumer.
+  __device__ __forceinline__ void finish_scores(int step, const QueryStep& at, AccS& acc) const {
+    this->make_probabilities(step, at, acc);
+    this->release_q(step);
+    const typename Base::Shared ring{uint32_t(step)};
+    smem.barriers.p_empty.wait(ring.parity() ^ 1);
+    CUTE_UNROLL
+    for (int i = 0; i < size(acc); i += 4) {
+      this->shared_p(i) = make_float4(acc(i), acc(i + 1), acc(i + 2), acc(i + 3));
+    }
+    arrive_as_warp(smem.barriers.p_full);
+  }
+
+  // B5 and B7 of a step whose P^T is in `acc`, and, except in the last, B2 of the next one.
+  template <bool kLast>
+  __device__ __forceinline__ void take(int step, const QueryStep& at, const QueryStep& next,
+                                       AccS& acc) {
+    auto p = to_operand_a<Element, typename Base::MmaDv>(acc);
+    const Ring<Traits::kStages> ring{uint32_t(step)};
+    smem.barriers.dout_full[ring.stage()].wait(ring.parity());
+    this->start_dv(p, step, acc_dv);
+    if constexpr (!kLast) this->start_scores(step + 1, acc);
+    AccDq acc_dq;
+    this->wait_for_ds(step);
+    this->start_dq(step, 0, acc_dq);
+    if constexpr (kLast) {
+      finish_gemm<1>(acc_dv);
+    } else {
+      finish_gemm<1>(acc_dv, acc);
+      this->release_dout(step);
+      finish_scores(step + 1, next, acc);
+    }
+    this->finish_dq(step, at, acc_dq);
+  }
+
+  __device__ __forceinline__ void walk() {
+    QueryStep at = QueryStep::first(work);
+    AccS acc;
+    smem.barriers.k_full.wait(0);
+    this->start_scores(0, acc);
+    finish_gemm<0>(acc);
+    finish_scores(0, at, acc);
+    CUTE_NO_UNROLL
+    for (int step = 0; step < work.steps - 1; ++step) {
+      const QueryStep next = at.next(work.blocks);
+      take<false>(step, at, next, acc);
+      at = next;
+    }
+    take<true>(work.steps - 1, at, at, acc);
+  }
+
+  __device__ __forceinline__ void run() {
+    clear(acc_dv);
+    if (work.steps > 0) walk();
+    sync_consumers();  // the other one is done with V
+    this->write_dv(acc_dv);
+    this->wait_for_stores();
+  }
+};
+
+// dS and dK.
+template <class Traits>
+struct GradientConsumer : RoleConsumer<Traits> {
+  using Base = RoleConsumer<Traits>;
+  using typename Base::AccDq, typename Base::AccS, typename Base::Element;
+  using Base::Base, Base::smem, Base::work;
+
+  typename Base::AccDk acc_dk;
+
+  // B4, B6 and B7 of a step whose dP^T is in `acc`, and, except in the last, B3 of the next one.
+  template <bool kLast>
+  __device__ __forceinline__ void take(int step, const QueryStep& at, AccS& acc) {
+    const typename Base::Shared shared{uint32_t(step)};
+    smem.barriers.p_full.wait(shared.parity());
+    this->make_score_gradients(step, [&](int i) { return this->shared_p(i); }, acc);
+    arrive_as_warp(smem.barriers.p_empty);
+    this->release_dout(step);
+    auto ds = to_operand_a<Element, typename Base::MmaDk>(acc);
+    this->store_score_gradients(ds, step);
+    const Ring<Traits::kStages> ring{uint32_t(step)};
+    smem.barriers.q_full[ring.stage()].wait(ring.parity());
+    this->start_dk(ds, step, acc_dk);
+    if constexpr (!kLast) this->start_dp(step + 1, acc);
+    AccDq acc_dq;
+    this->wait_for_ds(step);
+    this->start_dq(step, 0, acc_dq);
+    if constexpr (kLast) {
+      finish_gemm<1>(acc_dk);
+    } else {
+      finish_gemm<1>(acc_dk, acc);
+      this->release_q(step);
+    }
+    this->finish_dq(step, at, acc_dq);
+  }
+
+  __device__ __forceinline__ void walk() {
+    QueryStep at = QueryStep::first(work);
+    AccS acc;
+    smem.barriers.k_full.wait(0);
+    smem.barriers.v_full.wait(0);
+    this->start_dp(0, acc);
+    finish_gemm<0>(acc);
+    CUTE_NO_UNROLL
+    for (int step = 0; step < work.steps - 1; ++step, at = at.next(work.blocks)) {
+      take<false>(step, at, acc);
+    }
+    take<true>(work.steps - 1, at, acc);
+  }
+
+  __device__ __forceinline__ void run() {
+    clear(acc_dk);
+    if (work.steps > 0) walk();
+    sync_consumers();  // the other one is done with K
+    this->write_dk(acc_dk);
+    this->wait_for_stores();
+  }
+};
+
+}  // namespace flash_attn2::sm90
