@@ -13,9 +13,9 @@
 //   turn_come        1 (turn keeper)        the step's dQ may be added           consumers
 //   turn_used        8 (consumer warps)     the step's dQ is added               turn keeper
 //
-// p_full and p_empty are for ConsumerSplit::kRoles, the last two for deterministic mode. A buffer of
-// dS needs no barrier for its release, see kScoreBuffers. Named barriers: 1 and 2, of one consumer
-// each; 3, of both.
+// p_full and p_empty are for ConsumerSplit::kRoles, the last two for deterministic mode. A buffer
+// of dS needs no barrier for its release, see kScoreBuffers. Named barriers: 1 and 2, of one
+// consumer each; 3, of both.
 #pragma once
 
 #include "barriers.h"
@@ -51,12 +51,6 @@ struct BackwardBarriers {
     cutlass::arch::fence_barrier_init();
   }
 };
-
-// The whole warp's reads and writes so far come before the arrival.
-__device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier.arrive();
-}
 
 __device__ __forceinline__ void sync_consumer(int consumer) {
   cutlass::arch::NamedBarrier::sync(kWarpGroupThreads, 1 + consumer);

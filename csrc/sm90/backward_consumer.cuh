@@ -92,7 +92,8 @@ struct BackwardConsumer {
     const int key_begin = recompute(work.key_begin) + first_key;
     const VisibleKeys visible(arguments.params.shape, arguments.params.window);
     if (visible.tile_needs_mask(row_begin, kTileM, key_begin, kKeys)) {
-      mask(acc, visible, row_begin + thread % 4 * 2, key_begin + thread / 32 * 16 + thread % 32 / 4);
+      mask(acc, visible, row_begin + thread % 4 * 2,
+           key_begin + thread / 32 * 16 + thread % 32 / 4);
     }
     const float scale_log2 = arguments.params.softmax_scale * kLog2e;
     const float2* lse = query_pairs(smem.lse[Stages{uint32_t(step)}.stage()]);
@@ -144,8 +145,7 @@ struct BackwardConsumer {
   __device__ __forceinline__ void store_score_gradients(const Fragment& ds, int step) const {
     const StoreLane lane = StoreLane::columns();
     const auto tile = tile_ds(step);
-    Element* target =
-        &tile(int(lane.column), recompute(first_key) + thread / 32 * 16 + lane.row);
+    Element* target = &tile(int(lane.column), recompute(first_key) + thread / 32 * 16 + lane.row);
     CUTE_UNROLL
     for (int block = 0; block < kTileM / 16; ++block) {  // the swizzle repeats every 8 rows
       store_block<SM90_U16x8_STSM_T>(ds, block, target + 16 * block * kBoxColumns<kTileN>);
@@ -161,8 +161,7 @@ struct BackwardConsumer {
   // Starts dV += P^T dO (B5). `p`: P^T as the A operand.
   template <class P>
   __device__ __forceinline__ void start_dv(P& p, int step, AccDv& acc) const {
-    const auto dout =
-        operand_b<MmaDv>(transposed(tile_dout(Stages{uint32_t(step)}.stage())));
+    const auto dout = operand_b<MmaDv>(transposed(tile_dout(Stages{uint32_t(step)}.stage())));
     start_gemm<MmaDv, Accumulate::kYes>(p, dout, acc);
   }
   // Starts dK += dS^T Q (B6). `ds`: dS^T as the A operand.

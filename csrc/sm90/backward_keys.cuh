@@ -8,8 +8,8 @@ namespace flash_attn2::sm90 {
 template <class Traits>
 struct KeysConsumer : BackwardConsumer<Traits> {
   using Base = BackwardConsumer<Traits>;
-  using typename Base::AccDq, typename Base::AccS, typename Base::Element;
   using Base::Base, Base::smem, Base::work;
+  using typename Base::AccDq, typename Base::AccS, typename Base::Element;
 
   typename Base::AccDk acc_dk;
   typename Base::AccDv acc_dv;

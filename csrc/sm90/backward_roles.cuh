@@ -2,9 +2,9 @@
 // warpgroup. One consumer makes P and sums dV, the other makes dS and sums dK; each makes half of
 // the columns of dQ.
 //
-// P goes from the one to the other in fp32, thread to thread: S^T and dP^T lie in the same registers
-// of the same thread of a warpgroup. The first consumer runs ahead: its exponentials of a step fall
-// under the other's products of the step before.
+// P goes from the one to the other in fp32, thread to thread: S^T and dP^T lie in the same
+// registers of the same thread of a warpgroup. The first consumer runs ahead: its exponentials of a
+// step fall under the other's products of the step before.
 #pragma once
 
 #include "backward_consumer.cuh"
@@ -14,8 +14,8 @@ namespace flash_attn2::sm90 {
 template <class Traits>
 struct RoleConsumer : BackwardConsumer<Traits> {
   using Base = BackwardConsumer<Traits>;
-  using typename Base::AccDq, typename Base::AccS, typename Base::Element;
   using Base::Base, Base::smem, Base::work, Base::thread;
+  using typename Base::AccDq, typename Base::AccS, typename Base::Element;
   using Shared = Ring<1>;  // the one buffer of P
 
   // This thread's values i to i + 3 of the step's P^T.
@@ -40,8 +40,8 @@ struct RoleConsumer : BackwardConsumer<Traits> {
 template <class Traits>
 struct ProbabilityConsumer : RoleConsumer<Traits> {
   using Base = RoleConsumer<Traits>;
-  using typename Base::AccDq, typename Base::AccS, typename Base::Element;
   using Base::Base, Base::smem, Base::work;
+  using typename Base::AccDq, typename Base::AccS, typename Base::Element;
 
   typename Base::AccDv acc_dv;
 
@@ -109,8 +109,8 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
 template <class Traits>
 struct GradientConsumer : RoleConsumer<Traits> {
   using Base = RoleConsumer<Traits>;
-  using typename Base::AccDq, typename Base::AccS, typename Base::Element;
   using Base::Base, Base::smem, Base::work;
+  using typename Base::AccDq, typename Base::AccS, typename Base::Element;
 
   typename Base::AccDk acc_dk;
 

@@ -50,6 +50,7 @@ struct ForwardConsumer {
   BlockRing ring;    // of the block whose scores are next
   BlockRing ring_v;  // of the block whose P waits for its V
   Ring<Traits::kQStages> ring_q;
+  Ring<kTilesAhead> ring_tile;
   AccO acc_out;
   P probabilities;
   Softmax softmax;
@@ -74,100 +75,119 @@ struct ForwardConsumer {
     ++ring_q.use;
   }
 
-  // The products that are under way when the scores of a block are issued.
-  enum class Before {
-    kNothing,
-    kBlock,  // O += P V of the block before, of the same tile
-    kTile,   // the same for the last block of the tile before, whose output is finished next
-  };
+  __device__ __forceinline__ void wait_for_q() const {
+    smem.barriers.q_full[ring_q.stage()][group].wait(ring_q.parity());
+  }
 
-  // F2 to F5 for one key block, with F6 of the block before it: S = Q K^T and O += P V are issued
-  // together, and the softmax of S runs while P V is computed. `ended`: the tile before.
-  template <Before kBefore>
-  __device__ __forceinline__ void step(const GroupTile& tile, int block, const GroupTile& ended) {
+  // F2 to F5 for one key block, with F6 of the block before it (unless kFirst): S = Q K^T and
+  // O += P V are issued together, and the softmax of S runs while P V is computed.
+  template <bool kFirst>
+  __device__ __forceinline__ void step(const GroupTile& tile, int block) {
     AccS acc_s;
+    if constexpr (kFirst) wait_for_q();
+    start_scores(acc_s);
+    if constexpr (!kFirst) start_output();
+    GroupTurns::pass(group);
+    finish_scores<kFirst ? 0 : 1>(tile, block, acc_s);
+    auto scores = rows_columns(acc_s);
+    float factor[kRows];
+    const bool grew = softmax.update(scores, factor, scale_log2);
+    if constexpr (!kFirst) {
+      finish_output<0>();
+      auto out = rows_columns(acc_out);
+      if (grew) scale_rows(out, factor);
+    }
+    keep_probabilities(acc_s);
+  }
+
+  // The first step of a tile around the end of the one before, `ended`, whose last O += P V is
+  // still to be issued: both products together where Q has a second buffer. Elsewhere Q is on its
+  // way, so O += P V goes first, and an output that leaves in parts is stored around the softmax.
+  __device__ __forceinline__ void step_across(const GroupTile& tile, int block,
+                                              const GroupTile& ended) {
+    AccS acc_s;
+    auto scores = rows_columns(acc_s);
+    Softmax last = softmax;
+    softmax = Softmax();
+    float unused[kRows];
+    if constexpr (Traits::kQStages > 1) {
+      wait_for_q();
+      start_scores(acc_s);
+      start_output();
+      GroupTurns::pass(group);
+      finish_scores<1>(tile, block, acc_s);
+      softmax.update(scores, unused, scale_log2);
+      finish_output<0>();
+      store_output<0, Traits::kOutParts>(round_output(ended, last), ended);
+    } else {
+      start_output();
+      wait_for_q();
+      start_scores(acc_s);
+      GroupTurns::pass(group);
+      finish_output<1>();
+      const Rounded out = round_output(ended, last);
+      store_output<0, 1>(out, ended);
+      finish_scores<0>(tile, block, acc_s);
+      softmax.update(scores, unused, scale_log2);
+      store_output<1, Traits::kOutParts>(out, ended);
+    }
+    clear(acc_out);
+    keep_probabilities(acc_s);
+  }
+
+  // Starts S = Q K^T in this group's turn.
+  __device__ __forceinline__ void start_scores(AccS& acc_s) const {
+    auto q =
+        operand_a<MmaS>(smem_tile<kGroupRows, Traits::kHeadDim>(smem.q[ring_q.stage()][group]));
+    const auto k = operand_b<MmaS>(smem_tile<kTileN, Traits::kHeadDim>(smem.k[ring.stage()]));
     smem.barriers.k_full[ring.stage()].wait(ring.parity());
     GroupTurns::wait(group);
-    start_scores(acc_s);
-    if constexpr (kBefore != Before::kNothing) start_output();
-    GroupTurns::pass(group);
-    finish_gemm<kBefore == Before::kNothing ? 0 : 1>(acc_s);
+    start_gemm<MmaS, Accumulate::kNo>(q, k, acc_s);
+  }
+
+  // Waits for S, leaves K, and Q after a tile's last block, and masks (F3).
+  template <int kLaterProducts>
+  __device__ __forceinline__ void finish_scores(const GroupTile& tile, int block, AccS& acc_s) {
+    finish_gemm<kLaterProducts>(acc_s);
     release(smem.barriers.k_empty[ring.stage()]);
     if (Traits::kOwnOutBuffer && block == tile.blocks.begin) release_q();
-
-    auto scores = rows_columns(acc_s);
     if (visible.tile_needs_mask(tile.row_begin, kGroupRows, block * kTileN, kTileN)) {
       // Relative to the thread's first row and column, coordinates are constants.
       const auto coords = [](int i, int j) { return make_coord(8 * i, j % 2 + j / 2 * 8); };
+      auto scores = rows_columns(acc_s);
       apply_mask(scores, coords, visible, tile.row_begin + thread_row(),
                  block * kTileN + thread % 4 * 2);
     }
-    if constexpr (kBefore == Before::kTile) {
-      change_tile(scores, ended);
-    } else {
-      float factor[kRows];
-      const bool grew = softmax.update(scores, factor, scale_log2);
-      if constexpr (kBefore == Before::kBlock) {
-        finish_output();
-        auto out = rows_columns(acc_out);
-        if (grew) scale_rows(out, factor);
-      }
-    }
+  }
+
+  __device__ __forceinline__ void keep_probabilities(const AccS& acc_s) {
     round_to(acc_s, probabilities);
     ring_v = ring;
     ++ring.use;
   }
 
-  // Starts S = Q K^T.
-  __device__ __forceinline__ void start_scores(AccS& acc_s) const {
-    auto q = operand_a<MmaS>(
-        smem_tile<kGroupRows, Traits::kHeadDim>(smem.q[ring_q.stage()][group]));
-    const auto k = operand_b<MmaS>(smem_tile<kTileN, Traits::kHeadDim>(smem.k[ring.stage()]));
-    start_gemm<MmaS, Accumulate::kNo>(q, k, acc_s);
-  }
-
   // Starts O += P V (F6).
   __device__ __forceinline__ void start_output() {
-    const auto v = operand_b<MmaO>(
-        transposed(smem_tile<kTileN, Traits::kHeadDimV>(smem.v[ring_v.stage()])));
+    const auto v =
+        operand_b<MmaO>(transposed(smem_tile<kTileN, Traits::kHeadDimV>(smem.v[ring_v.stage()])));
     smem.barriers.v_full[ring_v.stage()].wait(ring_v.parity());
     start_gemm<MmaO, Accumulate::kYes>(probabilities, v, acc_out);
   }
 
+  template <int kLaterProducts>
   __device__ __forceinline__ void finish_output() {
-    finish_gemm<0>(acc_out);
+    finish_gemm<kLaterProducts>(acc_out);
     release(smem.barriers.v_empty[ring_v.stage()]);
-  }
-
-  // The softmax of a tile's first scores, and the end of the tile before, whose last O += P V is
-  // under way. An output that leaves in parts finds time for the first store to read its part.
-  template <class Scores>
-  __device__ __forceinline__ void change_tile(Scores& scores, const GroupTile& ended) {
-    Softmax last = softmax;
-    softmax = Softmax();
-    float unused[kRows];
-    if constexpr (Traits::kOutParts == 1) softmax.update(scores, unused, scale_log2);
-    finish_output();
-    const Rounded out = round_output(ended, last);
-    store_part(out, 0, ended);
-    if constexpr (Traits::kOutParts > 1) {
-      softmax.update(scores, unused, scale_log2);
-      CUTE_UNROLL
-      for (int part = 1; part < Traits::kOutParts; ++part) store_part(out, part, ended);
-    }
-    clear(acc_out);
   }
 
   // The end of a tile after which nothing is under way.
   __device__ __forceinline__ void finish_tile(const GroupTile& tile) {
     if (tile.any_key()) {
       start_output();
-      finish_output();
+      finish_output<0>();
     }
     if constexpr (!Traits::kOwnOutBuffer) sync_rows<Traits::kGroups>(group);  // all left Q
-    const Rounded out = round_output(tile, softmax);
-    CUTE_UNROLL
-    for (int part = 0; part < Traits::kOutParts; ++part) store_part(out, part, tile);
+    store_output<0, Traits::kOutParts>(round_output(tile, softmax), tile);
     softmax = Softmax();
     clear(acc_out);
     if constexpr (!Traits::kOwnOutBuffer) {
@@ -200,9 +220,9 @@ struct ForwardConsumer {
     float inverse_sum[kRows], lse[kRows];
     state.finish(inverse_sum, lse, scale_log2);
     const AttentionShape& shape = arguments.params.shape;
-    float* lse_head = arguments.params.lse +
-                      (int64_t(tile.coord.batch) * shape.heads_q + tile.coord.head) *
-                          shape.seqlen_q;
+    float* lse_head =
+        arguments.params.lse +
+        (int64_t(tile.coord.batch) * shape.heads_q + tile.coord.head) * shape.seqlen_q;
     if (thread % 4 == 0) {  // one thread of each quad
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
@@ -215,26 +235,29 @@ struct ForwardConsumer {
     return to_operand_a<Element, MmaO>(acc_out);
   }
 
-  // Stores kOutColumns columns of the output. Every warp stores its 16 rows by itself.
-  __device__ __forceinline__ void store_part(const Rounded& out, int part, const GroupTile& tile) {
-    wait_for_store();
-    const int warp = thread / 32;
+  // Stores parts of kOutColumns columns of the output. Every warp stores its 16 rows by itself.
+  template <int kFirstPart, int kEndPart>
+  __device__ __forceinline__ void store_output(const Rounded& out, const GroupTile& tile) {
+    constexpr int kBlocks = kOutColumns / 16;
+    const int warp_row = thread / 32 * Traits::kWarpRows;
     Element* const buffer = smem.out_tile(group);
     const auto target = smem_tile<kGroupRows, kOutColumns>(buffer);
     const StoreLane lane = StoreLane::rows();
     CUTE_UNROLL
-    for (int block = 0; block < kOutColumns / 16; ++block) {
-      store_block<SM90_U32x4_STSM_N>(
-          out, part * (kOutColumns / 16) + block,
-          &target(warp * Traits::kWarpRows + lane.row, 16 * block + lane.column));
-    }
-    tma_store_fence();
-    __syncwarp();
-    if (thread % 32 == 0) {
-      tma_store<kGroupRows, kOutColumns>(
-          arguments.out, buffer + warp * Traits::kWarpRows * kBoxColumns<kOutColumns>,
-          {tile.row_begin + warp * Traits::kWarpRows, tile.coord.head, tile.coord.batch,
-           part * kOutColumns});
+    for (int part = kFirstPart; part < kEndPart; ++part) {
+      wait_for_store();
+      CUTE_UNROLL
+      for (int block = 0; block < kBlocks; ++block) {
+        store_block<SM90_U32x4_STSM_N>(out, part * kBlocks + block,
+                                       &target(warp_row + lane.row, 16 * block + lane.column));
+      }
+      tma_store_fence();
+      __syncwarp();
+      if (thread % 32 == 0) {
+        tma_store<kGroupRows, kOutColumns>(
+            arguments.out, buffer + warp_row * kBoxColumns<kOutColumns>,
+            {tile.row_begin + warp_row, tile.coord.head, tile.coord.batch, part * kOutColumns});
+      }
     }
   }
 
@@ -258,34 +281,42 @@ struct ForwardConsumer {
     return part;
   }
 
-  // Tile after tile. The end of one runs under the first scores of the next, except where the tile
-  // before has no last product, or where skipping blocks needs the stage that its V is in.
+  // The next tile of the producer's schedule.
+  __device__ __forceinline__ ForwardTile next_tile() {
+    const int stage = ring_tile.stage();
+    smem.barriers.tile_full[stage].wait(ring_tile.parity());
+    const ForwardTile tile = smem.tile[stage];
+    arrive_as_warp(smem.barriers.tile_empty[stage]);
+    ++ring_tile.use;
+    return tile;
+  }
+
+  // Tile after tile. The end of one runs under the first scores of the next, except where there is
+  // no last product, or where skipping blocks needs the stage that its V is in.
   __device__ __forceinline__ void run() {
     GroupTurns::start(group);
-    typename Traits::Schedule schedule(arguments.params);
-    ForwardTile whole;
     GroupTile ended;
     bool open = false;  // `ended` has still to be finished
-    while (schedule.next(whole)) {
+    for (ForwardTile whole = next_tile(); whole.exists(); whole = next_tile()) {
       const GroupTile tile = part_of(whole);
       const int skipped = tile.leading + (open ? ended.trailing : 0);
-      smem.barriers.q_full[ring_q.stage()][group].wait(ring_q.parity());
       int block = tile.blocks.end - 1;
       if (Traits::kOwnOutBuffer && open && ended.any_key() && tile.any_key() &&
           skipped < Traits::kStages) {
         skip(skipped);
-        step<Before::kTile>(tile, block, ended);
+        step_across(tile, block, ended);
       } else {
         if (open) finish_tile(ended);
         skip(skipped);
         if (tile.any_key()) {
-          step<Before::kNothing>(tile, block, ended);
-        } else if (Traits::kOwnOutBuffer) {
-          release_q();
+          step<true>(tile, block);
+        } else {
+          wait_for_q();
+          if constexpr (Traits::kOwnOutBuffer) release_q();
         }
       }
       CUTE_NO_UNROLL
-      while (--block >= tile.blocks.begin) step<Before::kBlock>(tile, block, ended);
+      while (--block >= tile.blocks.begin) step<false>(tile, block);
       ended = tile;
       open = true;
     }

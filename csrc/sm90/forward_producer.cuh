@@ -13,6 +13,7 @@ struct ForwardProducer {
   typename Traits::SharedStorage& smem;
   Ring<Traits::kStages> ring_k, ring_v;
   Ring<Traits::kQStages> ring_q;
+  Ring<kTilesAhead> ring_tile;
 
   // Waits until the consumers have left the buffer, announces its bytes and returns the barrier.
   __device__ __forceinline__ static uint64_t* open(LoadBarrier& full, Barrier& empty,
@@ -22,12 +23,21 @@ struct ForwardProducer {
     return reinterpret_cast<uint64_t*>(&full);
   }
 
+  // Tells the consumers, so that their threads need not work out the schedule.
+  __device__ __forceinline__ void announce(const ForwardTile& tile) {
+    const int slot = ring_tile.stage();
+    smem.barriers.tile_empty[slot].wait(ring_tile.parity() ^ 1);
+    smem.tile[slot] = tile;
+    smem.barriers.tile_full[slot].arrive();
+    ++ring_tile.use;
+  }
+
   __device__ __forceinline__ void load_q(const ForwardTile& tile) {
     const int stage = ring_q.stage();
     for (int group = 0; group < Traits::kGroups; ++group) {
-      uint64_t* barrier = open(smem.barriers.q_full[stage][group],
-                               smem.barriers.q_empty[stage][group], ring_q.parity(),
-                               Traits::kQElements);
+      uint64_t* barrier =
+          open(smem.barriers.q_full[stage][group], smem.barriers.q_empty[stage][group],
+               ring_q.parity(), Traits::kQElements);
       tma_load<Traits::kGroupRows, Traits::kHeadDim>(
           arguments.q, barrier, smem.q[stage][group],
           {tile.row_begin + group * Traits::kGroupRows, tile.coord.head, tile.coord.batch});
@@ -58,8 +68,9 @@ struct ForwardProducer {
   // In the order in which the consumers want them: K runs one block ahead of V.
   __device__ __forceinline__ void run() {
     typename Traits::Schedule schedule(arguments.params);
-    ForwardTile tile;
-    while (schedule.next(tile)) {
+    for (ForwardTile tile = schedule.next();; tile = schedule.next()) {
+      announce(tile);
+      if (!tile.exists()) return;
       const bool any_key = tile.blocks.begin < tile.blocks.end;
       int block = tile.blocks.end - 1;
       if (any_key) load_k(tile, block);

@@ -44,7 +44,8 @@ struct ForwardTraits {
   static constexpr bool fits(int q_stages, int out_columns) {
     const int elements = kGroups * (q_stages * kQElements + kGroupRows * out_columns) +
                          kStages * (kKElements + kVElements);
-    return elements * int(sizeof(Element)) + int(sizeof(ForwardBarriers<kGroups, 2, kStages>)) <=
+    return elements * int(sizeof(Element)) + int(sizeof(ForwardBarriers<kGroups, 2, kStages>)) +
+               kTilesAhead * int(sizeof(ForwardTile)) <=
            kMaxSmemBytes;
   }
   static constexpr bool kOwnOutBuffer = fits(1, kHeadDimV / 2);
@@ -62,6 +63,7 @@ struct ForwardTraits {
     alignas(1024) Element k[kStages][kKElements];
     alignas(1024) Element v[kStages][kVElements];
     alignas(1024) Element out[kOwnOutBuffer ? kGroups : 1][kOwnOutBuffer ? kOutElements : 1];
+    ForwardTile tile[kTilesAhead];  // the producer's schedule
     Barriers barriers;
 
     __device__ __forceinline__ Element* out_tile(int group) {
