@@ -5,8 +5,8 @@
 # the GPUs of this machine, or skip it where there is none. Further:
 #   make build    the CUDA extension, in place (FLASH_ATTN2_ARCHS, FLASH_ATTN2_FILTER: see README.md)
 #   make lint     ruff and clang-format, as checks;  make format  applies them
-#   make sanitize compute-sanitizer over small calls (memcheck, synccheck; racecheck of sm80); needs a GPU
-#   make fuzz     random problems against plain attention, 10,000 of them; needs a GPU
+#   make sanitize compute-sanitizer over small calls (memcheck, synccheck; of sm80 racecheck); on a GPU
+#   make fuzz     random problems against plain attention, 10,000 of them; on a GPU
 #   make clean    removes what was built;  make distclean  the environment and fetched headers too
 #
 # Variables:
@@ -68,13 +68,13 @@ $(VENV)/.ready: requirements/build.txt requirements/run.txt requirements/test.tx
 
 SANITIZE_ARGS ?= --quick
 SANITIZE = $(RUN_ENV) compute-sanitizer --error-exitcode 1 --tool
-TARGET = $(PY) tools/sanitize_target.py $(SANITIZE_ARGS)
+SMALL_CALLS = $(PY) tools/sanitize_target.py $(SANITIZE_ARGS)
 
 sanitize: extension
-	$(SANITIZE) memcheck $(TARGET)
-	$(SANITIZE) synccheck $(TARGET)
+	$(SANITIZE) memcheck $(SMALL_CALLS)
+	$(SANITIZE) synccheck $(SMALL_CALLS)
 	# Of sm90, racecheck reports L and D: it does not connect bulk copies with their barriers.
-	$(SANITIZE) racecheck $(TARGET) sm80
+	$(SANITIZE) racecheck $(SMALL_CALLS) sm80
 
 fuzz: extension
 	$(RUN) tools/fuzz_kernels.py $(FUZZ_ARGS)

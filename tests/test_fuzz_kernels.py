@@ -1,5 +1,6 @@
 """tools/fuzz_kernels.py: its draws, and that its bounds tell right results from wrong ones."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -143,6 +144,34 @@ def test_rows_without_a_key_must_be_exactly_zero():
 
 def options(*arguments: str):
     return fuzz_kernels.parse(["--device", "cpu", *arguments])
+
+
+def test_a_build_is_asked_for_what_it_has(monkeypatch):
+    """A filtered build, on a GPU that runs both families."""
+    rows = [
+        {"family": family, "dtype": dtype, "head_dim": head_dim}
+        for family, dtype, head_dim in (
+            ("sm80", "float16", 64),
+            ("sm90", "bfloat16", 64),
+            ("sm90", "bfloat16", 128),
+        )
+    ]
+    monkeypatch.setattr(fuzz_kernels, "families_of_gpu", lambda: ["sm80", "sm90"])
+    monkeypatch.setattr(fuzz_kernels, "list_kernels", lambda: rows)
+    sm80, sm90 = fuzz_kernels.find_targets(torch.device("cuda"), None)
+    assert (sm80.name, sm90.name) == ("sm80", "sm90")
+    for dtype, head_dim, served in (
+        ("float16", 64, (True, False)),
+        ("float16", 65, (False, False)),
+        ("bfloat16", 128, (False, True)),
+        ("bfloat16", 129, (False, False)),
+    ):
+        one = dataclasses.replace(DRAWS[0], dtype=dtype, head_dim=head_dim)
+        assert (sm80.serves(one), sm90.serves(one)) == served
+    (only,) = fuzz_kernels.find_targets(torch.device("cuda"), ["sm90"])
+    assert only.name == "sm90"
+    with pytest.raises(SystemExit, match="family: is 'sm70'"):
+        fuzz_kernels.find_targets(torch.device("cuda"), ["sm70"])
 
 
 def test_mismatches_name_the_draw(monkeypatch, capsys):
