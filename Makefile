@@ -5,14 +5,16 @@
 # the GPUs of this machine, or skip it where there is none. Further:
 #   make build    the CUDA extension, in place (FLASH_ATTN2_ARCHS, FLASH_ATTN2_FILTER: see README.md)
 #   make lint     ruff and clang-format, as checks;  make format  applies them
-#   make sanitize compute-sanitizer over small calls (memcheck; racecheck of sm80); needs a GPU
+#   make sanitize compute-sanitizer over small calls (memcheck, synccheck; of sm80 racecheck); on a GPU
+#   make fuzz     random problems against plain attention, 10,000 of them; on a GPU
 #   make clean    removes what was built;  make distclean  the environment and fetched headers too
 #
 # Variables:
 #   VENV=.venv    where the virtual environment is;  VENV=0: none, nothing is installed, and PYTHON
 #                 is used as it is:  make test VENV=0 PYTHON=python3
 #   PYTHON=       the interpreter to use (default: the first that is fit; with VENV=0: python3)
-#   PYTEST_ARGS=  DEMO_ARGS=   further arguments of pytest and of the training example
+#   PYTEST_ARGS=  DEMO_ARGS=  FUZZ_ARGS=   further arguments of pytest, the training example, fuzz
+#   SANITIZE_ARGS=--quick   empty: all variants of a call, and more heads
 
 VENV ?= .venv
 PYTHON ?=
@@ -31,7 +33,7 @@ CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o
 RUN_ENV = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 RUN = $(RUN_ENV) $(PY)
 
-.PHONY: demo test build extension toolkit lint format sanitize clean distclean
+.PHONY: demo test build extension toolkit lint format sanitize fuzz clean distclean
 
 demo: extension
 	$(RUN) examples/train_gpt.py --preset demo $(DEMO_ARGS)
@@ -64,10 +66,18 @@ $(VENV)/.ready: requirements/build.txt requirements/run.txt requirements/test.tx
 	sh tools/make_venv.sh "$(VENV)" "$(PYTHON)"
 	touch $@
 
+SANITIZE_ARGS ?= --quick
+SANITIZE = $(RUN_ENV) compute-sanitizer --error-exitcode 1 --tool
+SMALL_CALLS = $(PY) tools/sanitize_target.py $(SANITIZE_ARGS)
+
 sanitize: extension
-	$(RUN_ENV) compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) tools/sanitize_target.py
+	$(SANITIZE) memcheck $(SMALL_CALLS)
+	$(SANITIZE) synccheck $(SMALL_CALLS)
 	# Of sm90, racecheck reports L and D: it does not connect bulk copies with their barriers.
-	$(RUN_ENV) compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) tools/sanitize_target.py sm80
+	$(SANITIZE) racecheck $(SMALL_CALLS) sm80
+
+fuzz: extension
+	$(RUN) tools/fuzz_kernels.py $(FUZZ_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info flash_attn2/_C*.so flash_attn2/_kernel_resources.json

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import accuracy, attention, memory, overhead, report, training
+from . import accuracy, attention, floor, memory, overhead, readme, report, training
 from .cases import UsageError
 
 MEASUREMENTS = {
@@ -37,6 +37,8 @@ def summarize(args: argparse.Namespace) -> int:
     for path in args.results:
         results = report.load(path)
         texts.append(f"## {results['name']}\n\n{report.markdown(results, args.baseline)}")
+        if args.peers and results["kind"] == "attention":
+            texts.append(floor.floor_markdown(results, report.load(args.peers), args.matrix_tflops))
         if args.check and results["kind"] == "attention":
             misses += report.speed_gate(results, args.baseline, args.mean)
     text = "\n\n".join(texts) + "\n"
@@ -75,12 +77,21 @@ def make_parser() -> argparse.ArgumentParser:
                          help="exit 1 when a cell is slower than the baseline beyond the spread, "
                          "or a geometric mean is below --mean")  # fmt: skip
     command.add_argument("--mean", type=float, default=1.05)
+    command.add_argument("--peers", type=Path, metavar="FILE",
+                         help="peers and ceilings of another run: adds tables of sm90's distance "
+                         "from the floor and from FA3 (benchmarks/floor.py)")  # fmt: skip
+    command.add_argument("--matrix-tflops", type=float, metavar="RATE",
+                         help="of the floor (default: the fastest product in --peers)")  # fmt: skip
     command.set_defaults(handler=summarize)
     command = commands.add_parser("plot", help="bar plots of attention results")
     command.add_argument("results", type=Path)
     command.add_argument("--output-dir", type=Path, default=report.RESULTS)
     command.add_argument("--format", choices=("png", "svg"), default="png")
     command.set_defaults(handler=plot)
+    command = commands.add_parser("readme", help="rewrite the measured section of README.md")
+    command.add_argument("--page", type=Path, default=report.ROOT / "README.md")
+    command.add_argument("--results", type=Path, default=report.RESULTS, help="a folder")
+    command.set_defaults(handler=readme.run)
     return parser
 
 

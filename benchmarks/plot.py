@@ -23,11 +23,6 @@ def provider_colors(providers: list[str]) -> dict[str, str]:
     return {name: next(ours if report.is_ours(name) else peers, "#333333") for name in providers}
 
 
-def short_length(seqlen: int) -> str:
-    """512, 1k, 16k."""
-    return f"{seqlen // 1024}k" if seqlen % 1024 == 0 else str(seqlen)
-
-
 def draw_panel(axis, rows: dict[str, dict[tuple, dict]], head_dim: int, causal: bool) -> None:
     """One panel: a group of bars for each length, a bar for each provider."""
     colors = provider_colors(list(rows))
@@ -41,7 +36,7 @@ def draw_panel(axis, rows: dict[str, dict[tuple, dict]], head_dim: int, causal: 
         ]
         bars = axis.bar(places, list(speeds.values()), width, label=name, color=colors[name])
         axis.bar_label(bars, fmt=report.format_speed, fontsize=6, rotation=90, padding=2)
-    axis.set_xticks(range(len(lengths)), [short_length(length) for length in lengths])
+    axis.set_xticks(range(len(lengths)), [report.short_length(length) for length in lengths])
     axis.set_title(f"head dim {head_dim}, {'causal' if causal else 'full'}", fontsize=10)
     axis.margins(y=0.16)
     axis.spines[["top", "right"]].set_visible(False)

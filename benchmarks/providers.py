@@ -103,11 +103,9 @@ def find_ours(device: torch.device) -> list[Provider]:
 
     if device.type != "cuda":
         return [Provider("ours", "flash_attn2[reference]", call)]
-    from flash_attn2.introspection import forced_family, list_kernels
+    from flash_attn2.introspection import families_of_gpu, forced_family
 
-    families = sorted({row["family"] for row in list_kernels()})
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        families = [family for family in families if family != "sm90"]
+    families = families_of_gpu(device)
     if not families:
         raise ImportError("flash_attn2 was built without CUDA kernels for this GPU")
     return [

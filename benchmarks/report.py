@@ -209,6 +209,11 @@ def compare_providers(rows: dict[str, dict[tuple, dict]], ours: str, peer: str):
     return {key: pair for key, pair in pairs.items() if pair is not None}
 
 
+def short_length(seqlen: int) -> str:
+    """512, 1k, 16k."""
+    return f"{seqlen // 1024}k" if seqlen % 1024 == 0 else str(seqlen)
+
+
 def format_speed(tflops: float) -> str:
     """Whole TFLOP/s, or two digits of a small figure."""
     return f"{tflops:.0f}" if tflops >= 10 else f"{tflops:.2g}"

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from . import ops
 from .version import __version__
 
@@ -41,6 +43,18 @@ def list_kernels() -> list[dict]:
     rows = _extension().list_kernels()
     entries = json.loads(_RESOURCES.read_text())["entries"] if _RESOURCES.exists() else []
     return [_with_resources(row, [e for e in entries if e["name"] == row["name"]]) for row in rows]
+
+
+def families_of_gpu(device=None) -> list[str]:
+    """The kernel families of this build that a GPU (default: the current one) runs.
+
+    Raises:
+        RuntimeError: the package was installed without its CUDA extension.
+    """
+    families = sorted({row["family"] for row in _extension().list_kernels()})
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        families = [family for family in families if family != "sm90"]
+    return families
 
 
 @contextmanager

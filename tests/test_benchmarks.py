@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import accuracy, attention, cases, memory, overhead, report, timing, training
+from benchmarks import accuracy, attention, cases, floor, memory, overhead, report, timing, training
 from benchmarks.__main__ import main, make_parser
 from benchmarks.cases import Case, UsageError
 from benchmarks.plot import MOST_BYTES, plot_results
@@ -410,6 +410,66 @@ def test_speed_gate():
     assert f"{OURS}, forward, eager: RuntimeError: no (d64 full s512)" in report.markdown(failed)
 
 
+PEERS = {
+    "device": "a GPU", "date": "2026-01-01",
+    "ceilings": {"gemm_bf16_8192_tflops": 800, "gemm_bf16_16384_tflops": 700, "copy_tb_s": 4.0},
+    "dense_tflops_fwd_bwd": [
+        {"d": 64, "causal": False, "s": 512, "cudnn": [200, 100], "fa3": [300, 80]},
+        {"d": 64, "causal": True, "s": 512, "cudnn": [200, 100]},
+    ],
+}  # fmt: skip
+
+
+def test_floor_by_hand():
+    case = Case(1, 16, 16384, 16384, 128, False)
+    assert floor.floor_ms(case, "forward", 800, 4.0) == pytest.approx(2199.023255552 / 800)
+    small = Case(32, 32, 512, 512, 64, True)  # bound by memory
+    tensor = 32 * 32 * 512 * 64 * 2
+    lse = 32 * 32 * 512 * 4
+    assert floor.moved_bytes(small, "forward") == 4 * tensor + lse
+    assert floor.moved_bytes(small, "backward") == 8 * tensor + lse
+    assert floor.moved_bytes(small, "both") == 12 * tensor + 2 * lse
+    expected = (4 * tensor + lse) / 4e12 * 1e3
+    assert floor.floor_ms(small, "forward", 800, 4.0) == pytest.approx(expected)
+
+
+def floor_results():
+    """sm90 takes 1 ms in every cell, cuDNN 1.2 ms."""
+    results = synthetic_results(cases.grid([64], [512]), peer_ms=1.2)
+    names = {OURS: floor.OURS, "torch[flash]": floor.CUDNN}
+    results["rows"] = [row | {"provider": names[row["provider"]]} for row in results["rows"]]
+    return results
+
+
+def test_floor_tables():
+    text = floor.floor_markdown(floor_results(), PEERS)
+    assert text.startswith("Floor: FLOPs at 800 TFLOP/s or bytes at 4 TB/s")
+    assert "relative to cuDNN on a GPU, 2026-01-01" in text
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    full, causal = [
+        [line for line in lines if line[:1] == [f"d64 {m} s512"]] for m in ("full", "causal")
+    ]
+    flops = 4 * 32 * 32 * 512**2 * 64
+    # The floor, cuDNN, and FA3: 1.5 and 0.8 times as fast as cuDNN there.
+    microseconds = f"{flops / 800e6:.0f}"
+    assert full[0][1:] == ["1000", microseconds, "0.09", "1200", "1.20", "800", "0.80"]
+    assert full[1][1:2] + full[1][4:] == ["1000", "1200", "1.20", "1500", "1.50"]
+    assert causal[0][-2:] == ["-", "-"]  # the file has no FA3 there
+    assert "cuDNN 1.200 (2 cells), FA3 est. 0.800 (1 cells)" in text
+    half = floor.floor_markdown(floor_results(), PEERS, matrix_tflops=400)
+    assert f"| {flops / 400e6:.0f} " in half
+
+
+def test_floor_tables_leave_out_what_was_not_measured():
+    results = floor_results()
+    del results["rows"][0]["ms"]
+    results["rows"] = [row for row in results["rows"] if row["provider"] == floor.OURS]
+    text = floor.floor_markdown(results, PEERS)
+    assert text.count("d64 full s512") == 1 and text.count("d64 causal s512") == 2
+    assert "cuDNN nan (0 cells)" in text
+    assert "###" not in floor.floor_markdown(synthetic_results(), PEERS)  # sm80 alone
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_plots_are_small(tmp_path, suffix):
     paths = plot_results(synthetic_results(), tmp_path, suffix)
@@ -444,6 +504,10 @@ def test_attention_command_writes_tables_and_plots(tmp_path, capsys):
     table = tmp_path / "table.md"
     assert main(["summarize", path, "--output", str(table)]) == 0
     assert "### backward, eager (TFLOP/s)" in table.read_text()
+    peers = tmp_path / "peers.json"
+    peers.write_text(json.dumps(PEERS))
+    assert main(["summarize", path, "--peers", str(peers), "--matrix-tflops", "650"]) == 0
+    assert "Floor: FLOPs at 650 TFLOP/s" in capsys.readouterr().out
     assert main(["summarize", path, "--check", "--mean", "1000"]) == 1
     assert "geometric mean" in capsys.readouterr().err
     assert main(["plot", path, "--output-dir", str(tmp_path)]) == 0

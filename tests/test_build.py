@@ -132,14 +132,16 @@ def test_sm90_sources_need_the_arch_they_are_for(csrc):
         assert families == expected
 
 
-def test_sm90_sources_are_compiled_for_sm_90a_alone():
+def test_sm90_sources_are_compiled_for_sm_90a_alone_and_with_all_wgmma_shapes():
     flags = ["nvcc", *settings.gencode_flags(["80", "90a"]), "-c"]
-    assert nvcc_logged.for_its_archs([*flags, "/x/csrc/sm80/a.cu"])[1:3] == flags[1:3]
-    assert nvcc_logged.for_its_archs([*flags, "/x/csrc/sm90/a.cu"]) == [
+    other = [*flags, "/x/csrc/sm80/a.cu"]
+    assert nvcc_logged.for_its_family(other) == other
+    assert nvcc_logged.for_its_family([*flags, "/x/csrc/sm90/a.cu"]) == [
         "nvcc",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-c",
         "/x/csrc/sm90/a.cu",
+        "-DCUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED=",
     ]
 
 

@@ -84,11 +84,20 @@ def test_table(extension, capsys):
     assert row.split()[1:] == ["forward", "bfloat16", "64", "128", "64", "128", "32768", "200", "4"]
 
 
+def test_hopper_kernels_are_for_hopper_alone(extension, monkeypatch):
+    rows = [ROW, {**ROW, "family": "sm90"}]
+    monkeypatch.setattr(extension, "list_kernels", lambda: rows)
+    for capability, families in (((9, 0), ["sm80", "sm90"]), ((10, 0), ["sm80"])):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, c=capability: c)
+        assert introspection.families_of_gpu() == families
+
+
 def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(ops, "EXTENSION", None)
     for call in (
         flash_attn2.build_info,
         flash_attn2.list_kernels,
+        introspection.families_of_gpu,
         lambda: flash_attn2.plan("forward", 1, 1, 1, 1, 1, 64),
     ):
         with pytest.raises(RuntimeError, match="without its CUDA extension(.|\n)*pip install"):

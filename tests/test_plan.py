@@ -21,6 +21,14 @@ GPUS = {gpu["name"]: gpu for gpu in EXTENSION.list_gpus()} if EXTENSION else {}
 KERNELS = {row["name"]: row for row in EXTENSION.list_kernels()} if EXTENSION else {}
 DIRECTIONS = ("forward", "backward")
 
+FAMILIES = {row["family"] for row in KERNELS.values()}
+needs_sm80 = pytest.mark.skipif("sm80" not in FAMILIES, reason="built without the sm80 family")
+needs_sm90 = pytest.mark.skipif("sm90" not in FAMILIES, reason="built without the sm90 family")
+# The sm90 family is for Hopper alone.
+SERVED_GPUS = [
+    pytest.param(name, marks=() if gpu["arch"] == 90 else needs_sm80) for name, gpu in GPUS.items()
+]
+
 REASONS = (
     r"is a (forward|backward) kernel",
     r"is for (float16|bfloat16), the inputs are (float16|bfloat16)",
@@ -70,7 +78,7 @@ def round_up(value: int, step: int) -> int:
 # Choice of a kernel -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", SERVED_GPUS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_gpu_and_head_dim_has_a_kernel_that_fits(gpu, direction, dtype):
@@ -123,6 +131,7 @@ def test_reasons_are_true(gpu):
                 assert row["smem_bytes"] <= limit and plan["kernel"] in reason
 
 
+@needs_sm80
 def test_small_shared_memory_changes_the_kernel():
     everywhere = [row for row in KERNELS.values() if row["family"] == "sm80"]
     large = max(everywhere, key=lambda row: row["smem_bytes"])
@@ -156,11 +165,9 @@ def test_description_names_the_kernel():
 
 # Families -----------------------------------------------------------------------------------------
 
-HAS_SM90 = any(row["family"] == "sm90" for row in KERNELS.values())
 
-
-@pytest.mark.skipif(not HAS_SM90, reason="built without sm_90a")
-@pytest.mark.parametrize("gpu", GPUS)
+@needs_sm90
+@pytest.mark.parametrize("gpu", SERVED_GPUS)
 def test_hopper_kernels_serve_hopper_and_nothing_else(gpu):
     plan = plan_for("forward", gpu=gpu)
     arch = GPUS[gpu]["arch"]
@@ -191,6 +198,7 @@ def test_an_unknown_family_is_an_error():
         plan_for("forward", family="sm70")
 
 
+@needs_sm80
 def test_a_family_can_be_forced_for_a_while():
     extension_family = plan_for("forward")["family"]
     with forced_family("sm80"):
@@ -203,6 +211,7 @@ def test_a_family_can_be_forced_for_a_while():
         pass
 
 
+@needs_sm80
 def test_the_environment_names_a_family():
     code = "import flash_attn2; print(flash_attn2.plan('forward', 1, 9, 9, 1, 1, {})['family'])"
     head_dim = built("forward", EXTENSION.build_info()["dtypes"][0])[-1]
@@ -235,6 +244,7 @@ def test_backward_grid_is_column_blocks_of_all_kv_heads(seqlen):
     assert plan["grid"] == 3 * 2 * -(-seqlen // plan["tile_n"])
 
 
+@needs_sm80
 def test_large_grids_are_counted_in_64_bits():
     plan = plan_for(
         "forward", batch=1, heads_q=64, heads_k=64, seqlen_q=2**30, seqlen_k=1, gpu="A100"
@@ -263,6 +273,7 @@ def group_for(seqlen_k, **sizes) -> int:
     return plan_for("forward", seqlen_k=seqlen_k, head_dim=64, gpu="L4", **sizes)["heads_per_group"]
 
 
+@needs_sm80
 def test_heads_per_group_fills_half_of_the_cache():
     # 16384 keys: K and V of one head take 4 MiB, and 24 MiB hold 6 of them.
     assert group_for(16384, batch=2, heads_q=16, heads_k=16) == 6
@@ -286,16 +297,19 @@ def test_a_persistent_grid_takes_16_heads_or_more_in_groups_of_nearly_one_size(
     assert plan["heads_per_group"] == expected
 
 
+@needs_sm80
 def test_heads_per_group_is_all_heads_when_they_fit():
     assert group_for(128, batch=2, heads_q=16, heads_k=4) == 32
     assert group_for(0, batch=2, heads_q=16, heads_k=4) == 32
 
 
+@needs_sm80
 def test_heads_per_group_is_one_kv_head_when_none_fits():
     assert group_for(2**24, batch=2, heads_q=16, heads_k=4) == 4
     assert group_for(2**24, batch=2, heads_q=4, heads_k=4) == 1
 
 
+@needs_sm80
 def test_heads_per_group_of_an_empty_batch_is_positive():
     assert group_for(128, batch=0, heads_q=16, heads_k=4) == 1
 
@@ -307,6 +321,7 @@ def test_forward_needs_no_workspace():
     assert plan_for("forward", deterministic=True)["workspace_bytes"] == 0
 
 
+@needs_sm80
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("seqlen_q", [0, 1, 63, 64, 65, 1000])
 @pytest.mark.parametrize("gpu", ["A100", "RTX4090"])

@@ -2,7 +2,6 @@
 // wgmma products, accumulator conversion and stores.
 #pragma once
 
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // N in steps of 8
 #include <cutlass/numeric_conversion.h>
 #include <cutlass/numeric_types.h>
 
