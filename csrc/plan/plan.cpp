@@ -14,7 +14,9 @@ constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 constexpr int64_t kMaxLengthSum = kMaxInt - 1024;
 constexpr int64_t kWorkspaceAlignment = 256;
 constexpr int64_t kBytesPerElement = 2;  // fp16 and bf16
+// See heads_of_persistent_group.
 constexpr int64_t kPersistentHeads = 16;
+constexpr int64_t kPersistentTiles = 32;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -106,22 +108,30 @@ int64_t count_blocks(const char* length_name, int64_t length, int tile, int64_t 
 // How many query heads may run side by side so that their K and V stay in half of the L2 cache;
 // the other half is for Q, out and whatever else passes. Whole groups of query heads that share a
 // KV head, one at least.
-// A persistent grid has its tiles shared out beforehand, which comes out even only when a group has
-// many more tiles than the grid thread blocks: at least 16 heads, still few enough for all thread
-// blocks of one head to take turns with what one of them read, and groups of nearly equal size.
-int heads_that_share_l2(const AttentionShape& shape, int64_t l2_bytes, bool persistent) {
+int heads_that_share_l2(const AttentionShape& shape, int64_t l2_bytes) {
   const int64_t query_heads = int64_t{shape.batch} * shape.heads_q;
   const int64_t group = shape.heads_q / shape.heads_k;
   const int64_t kv_head_bytes = 2 * kBytesPerElement * shape.seqlen_k * shape.head_dim;
   if (kv_head_bytes == 0) return static_cast<int>(std::max<int64_t>(query_heads, 1));
   const int64_t kv_heads = std::max<int64_t>(l2_bytes / 2 / kv_head_bytes, 1);
-  int64_t heads = kv_heads * group;
-  if (persistent) {
-    heads = std::max(heads, ceil_div(kPersistentHeads, group) * group);
-    const int64_t groups = ceil_div(std::max<int64_t>(query_heads, 1), heads);
-    heads = ceil_div(ceil_div(query_heads, groups), group) * group;
-  }
-  return static_cast<int>(std::max<int64_t>(std::min(heads, query_heads), 1));
+  return static_cast<int>(std::max<int64_t>(std::min(kv_heads * group, query_heads), 1));
+}
+
+// The same for a persistent grid, whose tiles are shared out beforehand. Head by head, the thread
+// blocks that run at a time read the same K and V, which halves what L2 has to deliver. With many
+// tiles of different lengths a head, that leaves thread blocks idle at the end: groups of about 16
+// heads, of nearly equal size, come out even, and are still few enough for all thread blocks of one
+// head to take turns with what one of them read.
+int heads_of_persistent_group(const AttentionShape& shape, const Window& window, int tile_m,
+                              int64_t l2_bytes) {
+  const bool equal_tiles = (window.left < 0) == (window.right < 0);
+  if (equal_tiles || ceil_div(shape.seqlen_q, tile_m) <= kPersistentTiles) return 1;
+  const int64_t query_heads = std::max<int64_t>(int64_t{shape.batch} * shape.heads_q, 1);
+  const int64_t group = shape.heads_q / shape.heads_k;
+  int64_t heads = std::max<int64_t>(heads_that_share_l2(shape, l2_bytes),
+                                    ceil_div(kPersistentHeads, group) * group);
+  heads = ceil_div(query_heads, ceil_div(query_heads, heads));
+  return static_cast<int>(std::min(ceil_div(heads, group) * group, query_heads));
 }
 
 Workspace lay_out(const KernelRow& row, const Problem& problem) {
@@ -219,7 +229,9 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
   plan.launch.smem_bytes = row.smem_bytes;
   if (problem.direction == Direction::kForward) {
     plan.launch.grid = row.persistent ? std::min<int64_t>(row_blocks, device.sm_count) : row_blocks;
-    plan.heads_per_group = heads_that_share_l2(shape, device.l2_bytes, row.persistent);
+    plan.heads_per_group = row.persistent ? heads_of_persistent_group(shape, problem.window,
+                                                                      row.tile_m, device.l2_bytes)
+                                          : heads_that_share_l2(shape, device.l2_bytes);
   } else {
     plan.launch.grid =
         count_blocks("seqlen_k", shape.seqlen_k, row.tile_n, int64_t{shape.batch} * shape.heads_k);

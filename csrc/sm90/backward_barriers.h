@@ -52,6 +52,12 @@ struct BackwardBarriers {
   }
 };
 
+// The whole warp's reads and writes so far come before the arrival.
+__device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier.arrive();
+}
+
 __device__ __forceinline__ void sync_consumer(int consumer) {
   cutlass::arch::NamedBarrier::sync(kWarpGroupThreads, 1 + consumer);
 }

@@ -3,8 +3,6 @@
 // mbarriers (shared memory; the producer is one thread, a consumer warp arrives with one lane):
 //
 //   barrier         arrivals a phase         completes when                    who waits
-//   tile_full[s]    1 (producer)             slot s names the next tile        every group
-//   tile_empty[s]   4 * kGroups              every group has read it           producer
 //   q_full[s][w]    1 (producer) + bytes     stage s holds group w's rows of Q  group w
 //   q_empty[s][w]   4 (warps of group w)     group w no longer needs them      producer
 //   k_full[s]       1 (producer) + bytes     stage s holds a block of K        every group
@@ -35,11 +33,8 @@ using LoadBarrier = cutlass::arch::ClusterTransactionBarrier;
 inline constexpr int kWarpGroupThreads = 128;
 inline constexpr int kWarpsPerGroup = 4;
 
-inline constexpr int kTilesAhead = 2;  // slots of the schedule
-
 template <int kGroups, int kQStages, int kStages>
 struct ForwardBarriers {
-  Barrier tile_full[kTilesAhead], tile_empty[kTilesAhead];
   LoadBarrier q_full[kQStages][kGroups];
   Barrier q_empty[kQStages][kGroups];
   LoadBarrier k_full[kStages], v_full[kStages];
@@ -47,10 +42,6 @@ struct ForwardBarriers {
 
   // By one thread, before any use; __syncthreads afterwards.
   __device__ void init() {
-    for (int slot = 0; slot < kTilesAhead; ++slot) {
-      tile_full[slot].init(1);
-      tile_empty[slot].init(kWarpsPerGroup * kGroups);
-    }
     for (int stage = 0; stage < kQStages; ++stage) {
       for (int group = 0; group < kGroups; ++group) {
         q_full[stage][group].init(1);
@@ -66,12 +57,6 @@ struct ForwardBarriers {
     cutlass::arch::fence_barrier_init();
   }
 };
-
-// The whole warp's reads and writes so far come before the arrival.
-__device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier.arrive();
-}
 
 // The n-th use of a ring of kStages buffers.
 template <int kStages>

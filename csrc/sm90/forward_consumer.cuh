@@ -1,10 +1,9 @@
 // A consumer warpgroup of the sm90 forward: 64 query rows of every tile (steps F2 to F7).
 #pragma once
 
+#include "../core/mask.cuh"
 #include "forward_traits.cuh"
 #include "softmax.cuh"
-
-#include "../core/mask.cuh"
 
 namespace flash_attn2::sm90 {
 
@@ -50,7 +49,6 @@ struct ForwardConsumer {
   BlockRing ring;    // of the block whose scores are next
   BlockRing ring_v;  // of the block whose P waits for its V
   Ring<Traits::kQStages> ring_q;
-  Ring<kTilesAhead> ring_tile;
   AccO acc_out;
   P probabilities;
   Softmax softmax;
@@ -281,23 +279,15 @@ struct ForwardConsumer {
     return part;
   }
 
-  // The next tile of the producer's schedule.
-  __device__ __forceinline__ ForwardTile next_tile() {
-    const int stage = ring_tile.stage();
-    smem.barriers.tile_full[stage].wait(ring_tile.parity());
-    const ForwardTile tile = smem.tile[stage];
-    arrive_as_warp(smem.barriers.tile_empty[stage]);
-    ++ring_tile.use;
-    return tile;
-  }
-
   // Tile after tile. The end of one runs under the first scores of the next, except where there is
   // no last product, or where skipping blocks needs the stage that its V is in.
   __device__ __forceinline__ void run() {
     GroupTurns::start(group);
     GroupTile ended;
     bool open = false;  // `ended` has still to be finished
-    for (ForwardTile whole = next_tile(); whole.exists(); whole = next_tile()) {
+    typename Traits::Schedule schedule(arguments.params);
+    ForwardTile whole;
+    while (schedule.next(whole)) {
       const GroupTile tile = part_of(whole);
       const int skipped = tile.leading + (open ? ended.trailing : 0);
       int block = tile.blocks.end - 1;

@@ -13,7 +13,6 @@ struct ForwardProducer {
   typename Traits::SharedStorage& smem;
   Ring<Traits::kStages> ring_k, ring_v;
   Ring<Traits::kQStages> ring_q;
-  Ring<kTilesAhead> ring_tile;
 
   // Waits until the consumers have left the buffer, announces its bytes and returns the barrier.
   __device__ __forceinline__ static uint64_t* open(LoadBarrier& full, Barrier& empty,
@@ -21,15 +20,6 @@ struct ForwardProducer {
     empty.wait(parity ^ 1);
     full.arrive_and_expect_tx(elements * int(sizeof(Element)));
     return reinterpret_cast<uint64_t*>(&full);
-  }
-
-  // Tells the consumers, so that their threads need not work out the schedule.
-  __device__ __forceinline__ void announce(const ForwardTile& tile) {
-    const int slot = ring_tile.stage();
-    smem.barriers.tile_empty[slot].wait(ring_tile.parity() ^ 1);
-    smem.tile[slot] = tile;
-    smem.barriers.tile_full[slot].arrive();
-    ++ring_tile.use;
   }
 
   __device__ __forceinline__ void load_q(const ForwardTile& tile) {
@@ -68,9 +58,8 @@ struct ForwardProducer {
   // In the order in which the consumers want them: K runs one block ahead of V.
   __device__ __forceinline__ void run() {
     typename Traits::Schedule schedule(arguments.params);
-    for (ForwardTile tile = schedule.next();; tile = schedule.next()) {
-      announce(tile);
-      if (!tile.exists()) return;
+    ForwardTile tile;
+    while (schedule.next(tile)) {
       const bool any_key = tile.blocks.begin < tile.blocks.end;
       int block = tile.blocks.end - 1;
       if (any_key) load_k(tile, block);

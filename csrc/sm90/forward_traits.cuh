@@ -1,10 +1,9 @@
 // Types and shared memory of one sm90 forward kernel.
 #pragma once
 
-#include "gemm.cuh"  // before whatever else includes cute
-//
 #include "../core/params.h"
 #include "barriers.h"
+#include "gemm.cuh"
 #include "schedule.cuh"
 
 namespace flash_attn2::sm90 {
@@ -44,8 +43,7 @@ struct ForwardTraits {
   static constexpr bool fits(int q_stages, int out_columns) {
     const int elements = kGroups * (q_stages * kQElements + kGroupRows * out_columns) +
                          kStages * (kKElements + kVElements);
-    return elements * int(sizeof(Element)) + int(sizeof(ForwardBarriers<kGroups, 2, kStages>)) +
-               kTilesAhead * int(sizeof(ForwardTile)) <=
+    return elements * int(sizeof(Element)) + int(sizeof(ForwardBarriers<kGroups, 2, kStages>)) <=
            kMaxSmemBytes;
   }
   static constexpr bool kOwnOutBuffer = fits(1, kHeadDimV / 2);
@@ -63,7 +61,6 @@ struct ForwardTraits {
     alignas(1024) Element k[kStages][kKElements];
     alignas(1024) Element v[kStages][kVElements];
     alignas(1024) Element out[kOwnOutBuffer ? kGroups : 1][kOwnOutBuffer ? kOutElements : 1];
-    ForwardTile tile[kTilesAhead];  // the producer's schedule
     Barriers barriers;
 
     __device__ __forceinline__ Element* out_tile(int group) {

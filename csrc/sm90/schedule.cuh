@@ -11,22 +11,22 @@ struct ForwardTile {
   int head_k;
   int row_begin;
   BlockRange blocks;  // of keys that some row of the tile sees
-
-  __device__ __forceinline__ bool exists() const { return row_begin >= 0; }
 };
 
-// A static schedule. Rounds of gridDim.x tiles in forward order, every other round backwards, so
-// that the tiles of two rounds add up to the same length for every thread block. Groups of heads
-// (core/schedule.cuh) alternate, too: longest tile first in the last one, backwards in the one
-// before, so that under a causal mask lengths change slowly from round to round, also from group to
-// group, and the last tiles are short. With a causal mask thread blocks are busy for 95 to 99% of
-// the longest one's time at 512 to 16k keys; a counter in global memory gains at most 2% on that.
+// A static schedule, the same for producer and consumers without a word between them. Rounds of
+// gridDim.x tiles in forward order (core/schedule.cuh), every other round backwards, so that the
+// tiles of two rounds add up to about the same length for every thread block.
+//
+// The plan groups heads where a mask makes the tiles of a head so many and so different that this
+// is not enough. Groups alternate, too: longest tile first in the last one, backwards in the one
+// before, so that lengths change slowly from round to round, also from group to group, and the
+// last tiles are short.
 template <int kTileM, int kTileN>
 struct ForwardSchedule {
   const ForwardParams& params;
   const VisibleKeys visible;
   const int blocks;  // of query rows, of one head
-  const unsigned tiles, tiles_per_group, last_group;
+  const unsigned tiles, tiles_per_group;
   unsigned round = 0;
 
   __device__ __forceinline__ explicit ForwardSchedule(const ForwardParams& params)
@@ -34,28 +34,27 @@ struct ForwardSchedule {
         visible(params.shape, params.window),
         blocks(ceil_div(params.shape.seqlen_q, kTileM)),
         tiles(unsigned(blocks) * params.shape.heads_q * params.shape.batch),
-        tiles_per_group(unsigned(blocks) * params.heads_per_group),
-        last_group((tiles - 1) / tiles_per_group) {}
+        tiles_per_group(unsigned(blocks) * params.heads_per_group) {}
 
-  // The next tile; one that does not exist when there is none.
-  __device__ __forceinline__ ForwardTile next() {
-    ForwardTile tile;
-    tile.row_begin = -1;
+  // The next tile; false when there is none.
+  __device__ __forceinline__ bool next(ForwardTile& tile) {
     const unsigned first = round * gridDim.x;
     unsigned index = first + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
     ++round;
-    if (index >= tiles) return tile;
+    if (index >= tiles) return false;
 
-    const unsigned group = index / tiles_per_group;
-    if ((last_group - group) % 2 == 1) {  // never the last, so the group has all its tiles
-      index = (2 * group + 1) * tiles_per_group - 1 - index;
+    if (params.heads_per_group > 1) {
+      const unsigned group = index / tiles_per_group;
+      if (((tiles - 1) / tiles_per_group - group) % 2 == 1) {  // so the group has all its tiles
+        index = (2 * group + 1) * tiles_per_group - 1 - index;
+      }
     }
     const AttentionShape& shape = params.shape;
     tile.coord = forward_tile(index, blocks, shape.heads_q, shape.batch, params.heads_per_group);
     tile.head_k = tile.coord.head / (shape.heads_q / shape.heads_k);
     tile.row_begin = tile.coord.block * kTileM;
     tile.blocks = visible.key_blocks(tile.row_begin, kTileM, kTileN);
-    return tile;
+    return true;
   }
 };
 
