@@ -1,12 +1,11 @@
 // Types, shared memory and work of one sm90 backward kernel.
 #pragma once
 
-#include "gemm.cuh"  // before whatever else includes cute
-//
 #include "../core/mask.cuh"
 #include "../core/schedule.cuh"
 #include "../core/softmax.cuh"
 #include "backward_barriers.h"
+#include "gemm.cuh"
 
 namespace flash_attn2::sm90 {
 

@@ -2,11 +2,11 @@
 //
 // mbarriers (shared memory; the producer is one thread, a consumer warp arrives with one lane):
 //
-//   barrier         arrivals a phase         completes when                    who waits
-//   q_full[s][w]    1 (producer) + bytes     stage s holds group w's rows of Q  group w
-//   q_empty[s][w]   4 (warps of group w)     group w no longer needs them      producer
-//   k_full[s]       1 (producer) + bytes     stage s holds a block of K        every group
-//   k_empty[s]      4 * kGroups              every group has read stage s      producer
+//   barrier      arrivals a phase            completes when                    who waits
+//   q_full[w]    1 (producer) + bytes        Q's 64 rows of group w are there  group w
+//   q_empty[w]   4 (warps of group w)        group w no longer needs them      producer
+//   k_full[s]    1 (producer) + bytes        stage s holds a block of K        every group
+//   k_empty[s]   4 * kGroups                 every group has read stage s      producer
 //   v_full[s], v_empty[s]                    the same for V
 //
 // A waiter of "full" starts with parity 0, a waiter of "empty" with parity 1 (the phase before the
@@ -33,20 +33,18 @@ using LoadBarrier = cutlass::arch::ClusterTransactionBarrier;
 inline constexpr int kWarpGroupThreads = 128;
 inline constexpr int kWarpsPerGroup = 4;
 
-template <int kGroups, int kQStages, int kStages>
+template <int kGroups, int kStages>
 struct ForwardBarriers {
-  LoadBarrier q_full[kQStages][kGroups];
-  Barrier q_empty[kQStages][kGroups];
+  LoadBarrier q_full[kGroups];
+  Barrier q_empty[kGroups];
   LoadBarrier k_full[kStages], v_full[kStages];
   Barrier k_empty[kStages], v_empty[kStages];
 
   // By one thread, before any use; __syncthreads afterwards.
   __device__ void init() {
-    for (int stage = 0; stage < kQStages; ++stage) {
-      for (int group = 0; group < kGroups; ++group) {
-        q_full[stage][group].init(1);
-        q_empty[stage][group].init(kWarpsPerGroup);
-      }
+    for (int group = 0; group < kGroups; ++group) {
+      q_full[group].init(1);
+      q_empty[group].init(kWarpsPerGroup);
     }
     for (int stage = 0; stage < kStages; ++stage) {
       k_full[stage].init(1);

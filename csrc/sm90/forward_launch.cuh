@@ -25,7 +25,7 @@ void launch_forward(const ForwardParams& params, const LaunchConfig& config, CUs
   arguments.q = queries(params.q, Traits::kGroupRows, kBoxColumns<Traits::kHeadDim>);
   arguments.k = keys(params.k, kBoxColumns<Traits::kHeadDim>);
   arguments.v = keys(params.v, kBoxColumns<Traits::kHeadDimV>);
-  arguments.out = queries(params.out, Traits::kWarpRows, kBoxColumns<Traits::kOutColumns>);
+  arguments.out = queries(params.out, Traits::kWarpRows, kBoxColumns<Traits::kHeadDimV>);
   launch(forward_kernel<Traits>, config.grid, Traits::kThreads, config.smem_bytes, stream,
          arguments, "forward");
 }

@@ -12,7 +12,7 @@ struct ForwardProducer {
   const ForwardArguments& arguments;
   typename Traits::SharedStorage& smem;
   Ring<Traits::kStages> ring_k, ring_v;
-  Ring<Traits::kQStages> ring_q;
+  uint32_t q_parity = 0;
 
   // Waits until the consumers have left the buffer, announces its bytes and returns the barrier.
   __device__ __forceinline__ static uint64_t* open(LoadBarrier& full, Barrier& empty,
@@ -23,16 +23,14 @@ struct ForwardProducer {
   }
 
   __device__ __forceinline__ void load_q(const ForwardTile& tile) {
-    const int stage = ring_q.stage();
     for (int group = 0; group < Traits::kGroups; ++group) {
-      uint64_t* barrier =
-          open(smem.barriers.q_full[stage][group], smem.barriers.q_empty[stage][group],
-               ring_q.parity(), Traits::kQElements);
+      uint64_t* barrier = open(smem.barriers.q_full[group], smem.barriers.q_empty[group], q_parity,
+                               Traits::kQElements);
       tma_load<Traits::kGroupRows, Traits::kHeadDim>(
-          arguments.q, barrier, smem.q[stage][group],
+          arguments.q, barrier, smem.q[group],
           {tile.row_begin + group * Traits::kGroupRows, tile.coord.head, tile.coord.batch});
     }
-    ++ring_q.use;
+    q_parity ^= 1;
   }
 
   __device__ __forceinline__ void load_k(const ForwardTile& tile, int block) {
@@ -63,7 +61,7 @@ struct ForwardProducer {
       const bool any_key = tile.blocks.begin < tile.blocks.end;
       int block = tile.blocks.end - 1;
       if (any_key) load_k(tile, block);
-      load_q(tile);  // of every tile, also of one without keys: the output may take its place
+      load_q(tile);  // of every tile: the output may take its place
       CUTE_NO_UNROLL
       for (; block > tile.blocks.begin; --block) {
         load_k(tile, block - 1);

@@ -24,11 +24,11 @@ struct Tiles<Element, 128> {
 };
 template <class Element>
 struct Tiles<Element, 192> {
-  using Forward = ForwardTraits<Element, 192, 128, 96>;
+  using Forward = ForwardTraits<Element, 192, 128, 112>;
 };
 template <class Element>
 struct Tiles<Element, 256> {
-  using Forward = ForwardTraits<Element, 256, 128, 64>;
+  using Forward = ForwardTraits<Element, 256, 128, 80>;
 };
 
 // Adds a head dim's row of the table to the registry. One a file, as in csrc/sm80.

@@ -10,6 +10,18 @@ namespace flash_attn2::sm90 {
 
 inline constexpr int kMaxSmemBytes = 227 * 1024;
 
+// Swizzled shared-memory atoms of 16-bit tiles whose rows hold kColumns contiguous elements:
+// RowMajor for an operand whose contiguous dimension is the product's K, ColumnMajor (the same
+// bytes, seen transposed) for V, whose contiguous dimension is the product's N.
+template <class Element, int kColumns>
+struct SmemAtom {
+  static constexpr bool kWide = kBoxColumns<kColumns> == 64;
+  using RowMajor = std::conditional_t<kWide, GMMA::Layout_K_SW128_Atom<Element>,
+                                      GMMA::Layout_K_SW64_Atom<Element>>;
+  using ColumnMajor = std::conditional_t<kWide, GMMA::Layout_MN_SW128_Atom<Element>,
+                                         GMMA::Layout_MN_SW64_Atom<Element>>;
+};
+
 template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, int kHeadDimV_ = kHeadDim_>
 struct ForwardTraits {
   using Element = Element_;
@@ -30,34 +42,43 @@ struct ForwardTraits {
   static_assert(kTileN % 16 == 0);
 
   // S (64, kTileN) = Q K^T, both from shared memory; O (64, kHeadDimV) += P V, P from registers.
-  using MmaS = SmemMma<Element, kGroupRows, kTileN, Major::K, Major::K>;
-  using MmaO = RegisterMma<Element, kGroupRows, kHeadDimV, Major::MN>;
+  using MmaS = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float,
+                           cute::Shape<_64, Int<kTileN>, Int<kHeadDim>>>()));
+  using MmaO = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float, cute::Shape<_64, Int<kHeadDimV>, Int<kTileN>>,
+                           GMMA::Major::K, GMMA::Major::MN>()));
+
+  // Shared-memory tiles: slabs of one swizzle span of columns, see tma.cuh.
+  using LayoutQ = decltype(tile_to_shape(typename SmemAtom<Element, kHeadDim>::RowMajor{},
+                                         cute::Shape<Int<kGroupRows>, Int<kHeadDim>>{}));
+  using LayoutK = decltype(tile_to_shape(typename SmemAtom<Element, kHeadDim>::RowMajor{},
+                                         cute::Shape<Int<kTileN>, Int<kHeadDim>, Int<kStages>>{}));
+  using LayoutV =  // (kHeadDimV, kTileN, stages)
+      decltype(tile_to_shape(typename SmemAtom<Element, kHeadDimV>::ColumnMajor{},
+                             cute::Shape<Int<kHeadDimV>, Int<kTileN>, Int<kStages>>{},
+                             Step<_2, _1, _3>{}));
+  using LayoutOut = decltype(tile_to_shape(typename SmemAtom<Element, kHeadDimV>::RowMajor{},
+                                           cute::Shape<Int<kGroupRows>, Int<kHeadDimV>>{}));
 
   static constexpr int kQElements = kGroupRows * kHeadDim;  // of one group
   static constexpr int kKElements = kTileN * kHeadDim;      // of one stage
   static constexpr int kVElements = kTileN * kHeadDimV;
+  static constexpr int kOutElements = kGroupRows * kHeadDimV;
 
-  // What the shared memory that K and V leave goes to, in this order: an output buffer, of all
-  // columns or of half of them, so that a tile can end while the next one begins; a second Q.
-  // Where not even the first fits, the output takes Q's place.
-  static constexpr bool fits(int q_stages, int out_columns) {
-    const int elements = kGroups * (q_stages * kQElements + kGroupRows * out_columns) +
-                         kStages * (kKElements + kVElements);
-    return elements * int(sizeof(Element)) + int(sizeof(ForwardBarriers<kGroups, 2, kStages>)) <=
-           kMaxSmemBytes;
-  }
-  static constexpr bool kOwnOutBuffer = fits(1, kHeadDimV / 2);
-  static constexpr int kOutParts = !kOwnOutBuffer || fits(1, kHeadDimV) ? 1 : 2;
-  static constexpr int kOutColumns = kHeadDimV / kOutParts;  // of a part
-  static constexpr int kQStages = kOwnOutBuffer && fits(2, kOutColumns) ? 2 : 1;
-  static constexpr int kOutElements = kGroupRows * kOutColumns;
+  using Barriers = ForwardBarriers<kGroups, kStages>;
+  using Schedule = ForwardSchedule<kTileM, kTileN>;
+  static constexpr int kTileBytes =
+      (kGroups * kQElements + kStages * (kKElements + kVElements)) * int(sizeof(Element));
+  static constexpr int kOutBytes = kGroups * kOutElements * int(sizeof(Element));
+  // Where there is room, the output leaves from a buffer of its own, so that the next tile's Q
+  // arrives during the last products and the epilogue; elsewhere it takes Q's place.
+  static constexpr bool kOwnOutBuffer =
+      kTileBytes + kOutBytes + int(sizeof(Barriers)) <= kMaxSmemBytes;
   static_assert(kOwnOutBuffer || kOutElements <= kQElements);
 
-  using Barriers = ForwardBarriers<kGroups, kQStages, kStages>;
-  using Schedule = ForwardSchedule<kTileM, kTileN>;
-
   struct SharedStorage {
-    alignas(1024) Element q[kQStages][kGroups][kQElements];
+    alignas(1024) Element q[kGroups][kQElements];
     alignas(1024) Element k[kStages][kKElements];
     alignas(1024) Element v[kStages][kVElements];
     alignas(1024) Element out[kOwnOutBuffer ? kGroups : 1][kOwnOutBuffer ? kOutElements : 1];
@@ -67,7 +88,7 @@ struct ForwardTraits {
       if constexpr (kOwnOutBuffer) {
         return out[group];
       } else {
-        return q[0][group];
+        return q[group];
       }
     }
   };
