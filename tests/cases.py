@@ -8,13 +8,15 @@ from torch import Tensor
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
-# Multiples of 8 around and on every kernel's bucket; the contract's five are the yardstick's.
+# Multiples of 8 around and on every kernel's bucket.
 HEAD_DIMS = (8, 40, 64, 72, 96, 128, 160, 192, 256)
-YARDSTICK_HEAD_DIMS = (64, 96, 128, 192, 256)
 
-# (of Q and K, of V): on the buckets of unequal kernels, and between those of equal ones.
-YARDSTICK_HEAD_DIM_PAIRS = ((192, 128), (64, 128))
-HEAD_DIM_PAIRS = (*YARDSTICK_HEAD_DIM_PAIRS, (128, 64), (72, 40), (256, 8))
+# (of Q and K, of V): the buckets of the unequal kernels, and what those of equal ones serve.
+UNEQUAL_BUCKETS = ((192, 128), (64, 128))
+HEAD_DIM_PAIRS = (*UNEQUAL_BUCKETS, (128, 64), (72, 40), (256, 8))
+
+# Likewise: every bucket that the contract compares with torch's kernel.
+YARDSTICK_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), *UNEQUAL_BUCKETS)
 
 # Around the edges of 64- and 128-row tiles.
 EDGE_LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129, 191, 255, 256, 257)
@@ -68,8 +70,7 @@ class Case:
     def __str__(self) -> str:
         return (
             f"b{self.batch}-s{self.seqlen_q}x{self.seqlen_k}-h{self.heads_q}x{self.heads_k}"
-            f"-d{self.head_dim}{'' if self.head_dim_v is None else f'v{self.head_dim_v}'}"
-            f"-{self.mask}"
+            f"-d{self.head_dim}v{self.columns_v}-{self.mask}"
         )
 
 

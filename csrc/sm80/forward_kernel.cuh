@@ -127,17 +127,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   };
 
   // Starts the load of key block `block`, (kTileN, kHeadDim), of K or V.
-  auto load_keys = [&](const TensorView& view, int block, auto target, int head_dim) {
+  auto load_keys = [&](const TensorView& view, int head_dim, int block, auto target) {
     const int key_begin = block * kTileN;
     load_tile<Element, kHeadDim, Traits::kThreads>(
         global_tile<Element, kTileN, kHeadDim>(view, tile.coord.batch, tile.head_k, key_begin),
         target, thread, shape.seqlen_k - key_begin, head_dim);
   };
   auto load_k = [&](int block, int stage) {
-    load_keys(params.k, block, tile_k(stage, typename Traits::SmemKV{}), shape.head_dim);
+    load_keys(params.k, shape.head_dim, block, tile_k(stage, typename Traits::SmemKV{}));
   };
   auto load_v = [&](int block, int stage) {
-    load_keys(params.v, block, tile_v(stage, typename Traits::SmemKV{}), shape.head_dim_v);
+    load_keys(params.v, shape.head_dim_v, block, tile_v(stage, typename Traits::SmemKV{}));
   };
 
   typename Traits::Mma mma;
