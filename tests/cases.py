@@ -13,7 +13,7 @@ HEAD_DIMS = (8, 40, 64, 72, 96, 128, 160, 192, 256)
 
 # (of Q and K, of V): the buckets of the unequal kernels, and what those of equal ones serve.
 UNEQUAL_BUCKETS = ((192, 128), (64, 128))
-HEAD_DIM_PAIRS = (*UNEQUAL_BUCKETS, (128, 64), (72, 40), (256, 8))
+HEAD_DIM_PAIRS = (*UNEQUAL_BUCKETS, (128, 64), (72, 40), (256, 8), (8, 256))
 
 # Likewise: every bucket that the contract compares with torch's kernel.
 YARDSTICK_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), *UNEQUAL_BUCKETS)
