@@ -9,6 +9,7 @@ COLUMNS = (
     "direction",
     "dtype",
     "head_dim",
+    "head_dim_v",
     "tile_m",
     "tile_n",
     "threads",

@@ -1,12 +1,12 @@
 """The functions of the flash-attn package (2.8): its names, arguments, defaults and layouts.
 
-On CUDA tensors (fp16 or bf16, head_dim at most 256) they run the kernels; on CPU tensors (any
-floating dtype and head_dim) the same tiled algorithm in PyTorch. Memory is linear in the sequence
+On CUDA tensors (fp16 or bf16, head dims at most 256) they run the kernels; on CPU tensors (any
+floating dtype and head dims) the same tiled algorithm in PyTorch. Memory is linear in the sequence
 length. They trace under torch.compile and torch.export, and are differentiable once.
 
 Common arguments:
     dropout_p: must be 0.0; other values raise NotImplementedError.
-    softmax_scale: factor of the scores; default 1 / sqrt(head_dim).
+    softmax_scale: factor of the scores; default 1 / sqrt(q's head_dim).
     causal: query i sees the keys up to its own position p = i + sk - sq (the mask is aligned to
         the bottom right corner). A row that sees no key gives zeros.
     window_size: (left, right), or a CPU tensor of two elements: query i sees the keys in
@@ -65,18 +65,22 @@ def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
+def _padded(x: Tensor) -> Tensor:
+    pad = -x.shape[-1] % _HEAD_DIM_MULTIPLE
+    return F.pad(x, (0, pad)) if pad > 0 else x
+
+
 def _padded_forward(q, k, v, softmax_scale, left, right, deterministic):
-    """A head dim that the CUDA kernels do not take as it is: zeros are appended to it."""
-    d = q.shape[-1]
-    if d > _HEAD_DIM_LIMIT:
-        raise RuntimeError(f"q: head_dim is {d}, the limit is {_HEAD_DIM_LIMIT}")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[-1] != d:
-            raise RuntimeError(f"{name}: head_dim is {x.shape[-1]}, it must be q's {d}")
-    pad = (0, -d % _HEAD_DIM_MULTIPLE)
-    q, k, v = F.pad(q, pad), F.pad(k, pad), F.pad(v, pad)
-    out, lse = _forward(q, k, v, softmax_scale, left, right, deterministic)
-    return out[..., :d], lse
+    """Head dims that the CUDA kernels do not take as they are: zeros are appended."""
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] > _HEAD_DIM_LIMIT:
+            raise RuntimeError(f"{name}: head_dim is {x.shape[-1]}, the limit is {_HEAD_DIM_LIMIT}")
+    if k.shape[-1] != q.shape[-1]:
+        raise RuntimeError(f"k: head_dim is {k.shape[-1]}, it must be q's {q.shape[-1]}")
+    out, lse = _forward(
+        _padded(q), _padded(k), _padded(v), softmax_scale, left, right, deterministic
+    )
+    return out[..., : v.shape[-1]], lse
 
 
 def _shape_error(name: str, x: Tensor, layout: str) -> RuntimeError:
@@ -100,12 +104,13 @@ def flash_attn_func(
 
     Args:
         q: (b, sq, h, d).
-        k, v: (b, sk, hk, d) of q's dtype and device. h is a multiple of hk: query head i reads KV
-            head i // (h / hk), so hk = h is multi-head, hk = 1 multi-query attention.
+        k: (b, sk, hk, d) of q's dtype and device. h is a multiple of hk: query head i reads KV head
+            i // (h / hk), so hk = h is multi-head, hk = 1 multi-query attention.
+        v: (b, sk, hk, dv), likewise; dv need not be d.
         The others: see the module.
 
     Returns:
-        out, (b, sq, h, d), contiguous, of q's dtype; with return_attn_probs (out, lse, S_dmask).
+        out, (b, sq, h, dv), contiguous, of q's dtype; with return_attn_probs (out, lse, S_dmask).
     """
     if dropout_p != 0.0 or softcap != 0.0 or alibi_slopes is not None:
         _refuse(dropout_p, softcap, alibi_slopes)
@@ -130,7 +135,7 @@ def flash_attn_func(
     d = q.shape[3]
     if softmax_scale is None:
         softmax_scale = d**-0.5 if d > 0 else 1.0  # the op refuses head_dim 0
-    if device == "cuda" and d % _HEAD_DIM_MULTIPLE != 0:
+    if device == "cuda" and (d % _HEAD_DIM_MULTIPLE or v.shape[3] % _HEAD_DIM_MULTIPLE):
         out, lse = _padded_forward(q, k, v, softmax_scale, left, right, deterministic)
     else:
         out, lse = _forward(q, k, v, softmax_scale, left, right, deterministic)

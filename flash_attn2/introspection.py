@@ -21,7 +21,9 @@ def _extension():
 
 
 def build_info() -> dict:
-    """What was built: version, archs, cuda, cutlass, torch, head_dims, dtypes.
+    """What was built: version, archs, cuda, cutlass, torch, head_dims, head_dim_pairs, dtypes.
+
+    head_dims are the buckets of Q and K, head_dim_pairs (of Q and K, of V) those of the kernels.
 
     Raises:
         RuntimeError: the package was installed without its CUDA extension.
@@ -32,10 +34,11 @@ def build_info() -> dict:
 def list_kernels() -> list[dict]:
     """One dict for each kernel of the registry, in the order of preference.
 
-    Keys: name, family, direction ("forward" or "backward"), dtype, head_dim, tile_m and tile_n
-    (rows of a Q and of a K/V tile), threads (of a block), smem_bytes (of a block); and from the
-    build's log, as the largest over all architectures, registers (of a thread), spill_bytes and
-    stack_bytes, None where the build left no log; "resources" lists them for each architecture.
+    Keys: name, family, direction ("forward" or "backward"), dtype, head_dim and head_dim_v (the
+    largest of Q and K, and of V, that it serves), tile_m and tile_n (rows of a Q and of a K/V
+    tile), threads (of a block), smem_bytes (of a block); and from the build's log, as the largest
+    over all architectures, registers (of a thread), spill_bytes and stack_bytes, None where the
+    build left no log; "resources" lists them for each architecture.
 
     Raises:
         RuntimeError: the package was installed without its CUDA extension.
@@ -96,6 +99,7 @@ def plan(
     deterministic: bool = False,
     gpu: str = "H200",
     family: str = "",
+    head_dim_v: int | None = None,
 ) -> dict:
     """Which kernel serves a problem on a GPU, how it is launched, and why others were refused.
 
@@ -109,6 +113,7 @@ def plan(
         gpu: name of a GPU; it need not be in this machine.
         family: "sm80" or "sm90" for kernels of that family only; else what FLASH_ATTN2_FAMILY
             says, or any.
+        head_dim_v: the head dim of V; None is head_dim.
 
     Returns:
         kernel (row name, None where none fits), family, tile_m, tile_n, threads, grid (blocks),
@@ -127,6 +132,7 @@ def plan(
         heads_q,
         heads_k,
         head_dim,
+        head_dim if head_dim_v is None else head_dim_v,
         dtype,
         window_left,
         window_right,

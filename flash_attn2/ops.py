@@ -6,8 +6,9 @@ the autograd formulas. It then loads the compiled extension ``flash_attn2._C``, 
 kernels and, for CUDA tensors, an autograd kernel in C++. In a Python-only build the ops raise for
 CUDA tensors and say what to type.
 
-Shapes: q, out, dout, dq are (b, sq, h, d); k, v, dk, dv are (b, sk, hk, d); lse and dlse are
-(b, h, sq) in fp32 (fp64 for fp64 inputs). `flash_attn2.functional` documents the arguments.
+Shapes: q and dq are (b, sq, h, d), out and dout (b, sq, h, dv); k and dk are (b, sk, hk, d), v and
+its gradient (b, sk, hk, dv); lse and dlse are (b, h, sq) in fp32 (fp64 for fp64 inputs).
+`flash_attn2.functional` documents the arguments.
 """
 
 import importlib
@@ -37,7 +38,7 @@ _LIBRARY.define(
 
 
 def _check_tensor(name: str, x: Tensor, q: Tensor) -> None:
-    """What holds for each of q, k, v alone, and against q."""
+    """What holds for each of q, k, v alone, and the dtype that they share."""
     if x.dim() != 4:
         raise RuntimeError(
             f"{name}: has {x.dim()} dimensions, it must have 4: (batch, seqlen, heads, head_dim)"
@@ -49,23 +50,29 @@ def _check_tensor(name: str, x: Tensor, q: Tensor) -> None:
     if x.shape[2] < 1 or x.shape[3] < 1:
         axis, size = ("heads", x.shape[2]) if x.shape[2] < 1 else ("head_dim", x.shape[3])
         raise RuntimeError(f"{name}: {axis} is {size}, it must be at least 1")
-    if x.shape[0] != q.shape[0]:
-        raise RuntimeError(f"{name}: batch is {x.shape[0]}, it must be q's {q.shape[0]}")
-    if x.shape[3] != q.shape[3]:
-        raise RuntimeError(f"{name}: head_dim is {x.shape[3]}, it must be q's {q.shape[3]}")
     if x.stride(3) != 1 and x.shape[3] > 1 and x.numel() > 0:
         raise RuntimeError(f"{name}: the last dimension has stride {x.stride(3)}, it must be 1")
+
+
+def _check_size(name: str, x: Tensor, dim: int, what: str, other_name: str, other: Tensor) -> None:
+    if x.shape[dim] != other.shape[dim]:
+        raise RuntimeError(
+            f"{name}: {what} is {x.shape[dim]}, it must be {other_name}'s {other.shape[dim]}"
+        )
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, q)
+    _check_size("k", k, 0, "batch", "q", q)
+    _check_size("k", k, 3, "head_dim", "q", q)
+    _check_size("v", v, 0, "batch", "q", q)
+    _check_size("v", v, 1, "seqlen", "k", k)
+    _check_size("v", v, 2, "heads", "k", k)
     if q.shape[2] % k.shape[2] != 0:
         raise RuntimeError(
             f"k: has {k.shape[2]} heads, which does not divide q's {q.shape[2]} heads"
         )
-    if v.shape != k.shape:
-        raise RuntimeError(f"v: shape is {tuple(v.shape)}, it must be k's {tuple(k.shape)}")
 
 
 def _check_like(name: str, x: Tensor, shape, dtype: torch.dtype) -> None:
@@ -73,6 +80,10 @@ def _check_like(name: str, x: Tensor, shape, dtype: torch.dtype) -> None:
         raise RuntimeError(f"{name}: shape is {tuple(x.shape)}, it must be {tuple(shape)}")
     if x.dtype != dtype:
         raise RuntimeError(f"{name}: dtype is {x.dtype}, it must be {dtype}")
+
+
+def _out_shape(q: Tensor, v: Tensor):
+    return (*q.shape[:3], v.shape[3])
 
 
 def _lse_shape(q: Tensor):
@@ -101,8 +112,8 @@ def _backward_cpu(
     deterministic=False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_inputs(q, k, v)
-    _check_like("dout", dout, q.shape, q.dtype)
-    _check_like("out", out, q.shape, q.dtype)
+    _check_like("dout", dout, _out_shape(q, v), q.dtype)
+    _check_like("out", out, _out_shape(q, v), q.dtype)
     lse_dtype = reference.compute_dtype(q.dtype)
     _check_like("lse", lse, _lse_shape(q), lse_dtype)
     if dlse is not None:
@@ -125,7 +136,8 @@ def _empty_like(x: Tensor) -> Tensor:
 
 @torch.library.register_fake("flash_attn2::forward", lib=_LIBRARY)
 def _forward_fake(q, k, v, softmax_scale, window_left=-1, window_right=-1, deterministic=False):
-    return _empty_like(q), q.new_empty(_lse_shape(q), dtype=reference.compute_dtype(q.dtype))
+    out = q.new_empty(_out_shape(q, v))
+    return out, q.new_empty(_lse_shape(q), dtype=reference.compute_dtype(q.dtype))
 
 
 @torch.library.register_fake("flash_attn2::backward", lib=_LIBRARY)

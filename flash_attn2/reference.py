@@ -7,9 +7,9 @@ tiles here, vectorised over batch and heads. No tensor is larger than the inputs
 tile of scores per (batch, head), so memory grows linearly with the sequence length.
 
 Layout inside: ``q`` becomes (b * hk, sq, g, d) with g = h / hk query heads for each KV head, ``k``
-and ``v`` become (b * hk, sk, d). A block of Q rows together with its g heads is then one matrix of
-``rows * g`` rows, so that grouped heads share the K/V block in one product and K/V are never
-repeated.
+becomes (b * hk, sk, d) and ``v`` (b * hk, sk, dv). A block of Q rows together with its g heads is
+then one matrix of ``rows * g`` rows, so that grouped heads share the K/V block in one product and
+K/V are never repeated.
 
 Numbers: half types are computed in fp32, other types in their own. Scores live in units of log2:
 ``softmax_scale * log2(e)`` is folded into the product, and exp is exp2.
@@ -168,31 +168,32 @@ def forward(
 
     Args:
         q: (b, sq, h, d), any floating dtype, any strides.
-        k, v: (b, sk, hk, d), h a multiple of hk; query head i reads KV head i // (h / hk).
+        k: (b, sk, hk, d), h a multiple of hk; query head i reads KV head i // (h / hk).
+        v: (b, sk, hk, dv).
         softmax_scale: factor of the scores q.k.
         window_left, window_right: keys visible on either side of a query's own position
             i + sk - sq; negative is unbounded, window_right = 0 is causal.
         block_q, block_k: rows of a tile of Q and of K/V.
 
     Returns:
-        out, (b, sq, h, d) in q's dtype, and lse, (b, h, sq), natural log, in fp32 (fp64 for fp64).
+        out, (b, sq, h, dv) in q's dtype, and lse, (b, h, sq), natural log, in fp32 (fp64 for fp64).
         A row that sees no key, or whose visible scores are all -inf, has out 0 and lse -inf.
     """
     seqlen_q, d = q.shape[1], q.shape[3]
-    seqlen_k, heads_k = k.shape[1], k.shape[2]
+    _, seqlen_k, heads_k, dv = v.shape
     tiling = _Tiling(seqlen_q, seqlen_k, window_left, window_right, block_q, block_k)
 
     qg = _group_heads(q, heads_k)
     kg, vg = (_group_heads(x, heads_k).squeeze(2) for x in (k, v))
     n, _, g, _ = qg.shape
-    out = torch.zeros_like(qg)
+    out = qg.new_zeros(n, seqlen_q, g, dv)
     lse = qg.new_empty(n, seqlen_q, g)
     scratch = _Scratch(qg, n * min(block_q, seqlen_q) * g * min(block_k, seqlen_k))
 
     for q0, q1 in tiling.q_blocks():
         rows = (q1 - q0) * g
         q_tile = qg[:, q0:q1].view(n, rows, d)  # F1
-        o = out[:, q0:q1].view(n, rows, d)
+        o = out[:, q0:q1].view(n, rows, dv)
         m = qg.new_full((n, rows, 1), -math.inf)
         l = qg.new_zeros(n, rows, 1)  # noqa: E741 (the paper's letter)
         for k0, k1 in tiling.k_blocks_of(q0, q1):
@@ -231,7 +232,7 @@ def backward(
     """Gradients of `forward` (Algorithm 2 of the paper), scores computed anew from q, k and lse.
 
     Args:
-        dout: (b, sq, h, d), the gradient of out.
+        dout: (b, sq, h, dv), the gradient of out.
         q, k, v, softmax_scale, window_left, window_right: as given to `forward`.
         out, lse: what `forward` returned.
         dlse: (b, h, sq), the gradient of lse; None for zero.
@@ -266,7 +267,7 @@ def backward(
         for q0, q1 in tiling.q_blocks_of(k0, k1):
             rows = (q1 - q0) * g
             q_tile = qg[:, q0:q1].view(n, rows, d)
-            do_tile = dog[:, q0:q1].view(n, rows, d)
+            do_tile = dog[:, q0:q1].view(n, rows, dog.shape[3])
             hidden = tiling.hidden(q0, q1, k0, k1, q.device)
             s = _scores(scratch_s, q_tile, k_tile, softmax_scale, hidden)
             p = s.sub_(lse_g[:, q0:q1].view(n, rows, 1)).exp2_()  # B2

@@ -8,9 +8,15 @@ from torch import Tensor
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
-# Multiples of 8 around and on every kernel's bucket; the contract's five are the yardstick's.
+# Multiples of 8 around and on every kernel's bucket.
 HEAD_DIMS = (8, 40, 64, 72, 96, 128, 160, 192, 256)
-YARDSTICK_HEAD_DIMS = (64, 96, 128, 192, 256)
+
+# (of Q and K, of V): the buckets of the unequal kernels, and what those of equal ones serve.
+UNEQUAL_BUCKETS = ((192, 128), (64, 128))
+HEAD_DIM_PAIRS = (*UNEQUAL_BUCKETS, (128, 64), (72, 40), (256, 8), (8, 256))
+
+# Likewise: every bucket that the contract compares with torch's kernel.
+YARDSTICK_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), *UNEQUAL_BUCKETS)
 
 # Around the edges of 64- and 128-row tiles.
 EDGE_LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129, 191, 255, 256, 257)
@@ -40,6 +46,7 @@ class Case:
     head_dim: int = 64
     batch: int = 2
     mask: str = "full"
+    head_dim_v: int | None = None  # that of V; None: head_dim
 
     @property
     def window(self) -> tuple[int, int]:
@@ -48,6 +55,10 @@ class Case:
     @property
     def softmax_scale(self) -> float:
         return self.head_dim**-0.5
+
+    @property
+    def columns_v(self) -> int:
+        return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     def with_enough_rows(self, rows: int = 64) -> "Case":
         """A larger batch where few rows see a key: the error of a few numbers is a matter of luck,
@@ -59,7 +70,7 @@ class Case:
     def __str__(self) -> str:
         return (
             f"b{self.batch}-s{self.seqlen_q}x{self.seqlen_k}-h{self.heads_q}x{self.heads_k}"
-            f"-d{self.head_dim}-{self.mask}"
+            f"-d{self.head_dim}v{self.columns_v}-{self.mask}"
         )
 
 
@@ -77,13 +88,13 @@ def random_inputs(case: Case, dtype: torch.dtype, device: str) -> Inputs:
     def normal(*shape, dtype=dtype):
         return torch.randn(shape, device=device, dtype=dtype)
 
-    q_shape = (case.batch, case.seqlen_q, case.heads_q, case.head_dim)
-    k_shape = (case.batch, case.seqlen_k, case.heads_k, case.head_dim)
+    q_rows = (case.batch, case.seqlen_q, case.heads_q)
+    k_rows = (case.batch, case.seqlen_k, case.heads_k)
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return Inputs(
-        normal(*q_shape).requires_grad_(),
-        normal(*k_shape).requires_grad_(),
-        normal(*k_shape).requires_grad_(),
-        normal(*q_shape),
+        normal(*q_rows, case.head_dim).requires_grad_(),
+        normal(*k_rows, case.head_dim).requires_grad_(),
+        normal(*k_rows, case.columns_v).requires_grad_(),
+        normal(*q_rows, case.columns_v),
         normal(case.batch, case.heads_q, case.seqlen_q, dtype=lse_dtype),
     )

@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from cases import Case, Inputs
 from torch import Tensor
 
@@ -64,6 +65,12 @@ def poisoned(device: torch.device):
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def amid_nan(x: Tensor) -> Tensor:
+    """A copy of ``x`` whose rows are cut out of longer ones, with 16 NaN on either side."""
+    wide = F.pad(x.detach(), (16, 16), value=math.nan)
+    return wide[..., 16:-16]
 
 
 def run_op(
@@ -174,12 +181,15 @@ def torch_flash(q, k, v, softmax_scale: float, *, causal: bool) -> tuple[Tensor,
     """torch's FLASH_ATTENTION backend, the yardstick: out (b, sq, h, d) and lse, differentiable.
 
     Called beneath scaled_dot_product_attention, which refuses or aligns to the top left what is not
-    square; the backend itself aligns a causal mask to the bottom right, as flash_attn2 does.
+    square; the backend itself aligns a causal mask to the bottom right, as flash_attn2 does. It
+    takes one head dim: where V's differs, zeros are appended to the smaller.
     """
+    head_dim = max(q.shape[3], v.shape[3])
+    padded = (F.pad(x, (0, head_dim - x.shape[3])).transpose(1, 2) for x in (q, k, v))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), 0.0, causal, scale=softmax_scale
+        *padded, 0.0, causal, scale=softmax_scale
     )
-    return out.transpose(1, 2), lse
+    return out.transpose(1, 2)[..., : v.shape[3]], lse
 
 
 # The measure --------------------------------------------------------------------------------------
@@ -225,9 +235,10 @@ def assert_result(got: Result, inputs: Inputs, case: Case, *, with_dlse: bool = 
     ref = fp64_result(*arguments, with_dlse=with_dlse)
     half = inputs.q.dtype in (torch.float16, torch.bfloat16)
     rounded = rounded_result(*arguments, with_dlse=with_dlse) if half else (None,) * 5
-    for name, x, like in zip(("out", "dq", "dk", "dv"), (got.out, *got[2:]), "qqkv", strict=True):
+    likes = (inputs.dout, inputs.q, inputs.k, inputs.v)
+    for name, x, like in zip(("out", "dq", "dk", "dv"), (got.out, *got[2:]), likes, strict=True):
         assert x.dtype == inputs.q.dtype and x.is_contiguous(), name
-        assert x.shape == getattr(inputs, like).shape, name
+        assert x.shape == like.shape, name
     assert_lse_near(got.lse, ref.lse)
     for i, name in enumerate(Result._fields):
         if name != "lse":

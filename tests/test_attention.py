@@ -7,7 +7,16 @@ import math
 
 import pytest
 import torch
-from cases import EDGE_LENGTHS, GROUPS, HALF_DTYPES, HEAD_DIMS, MASKS, Case, random_inputs
+from cases import (
+    EDGE_LENGTHS,
+    GROUPS,
+    HALF_DTYPES,
+    HEAD_DIM_PAIRS,
+    HEAD_DIMS,
+    MASKS,
+    Case,
+    random_inputs,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_result, fp64_result, relative_error, run_op
@@ -30,6 +39,14 @@ def check(case: Case, dtype: torch.dtype, device: str, *, with_dlse: bool = True
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_head_dims(device, dtype, head_dim, mask):
     check(Case(200, 184, head_dim=head_dim, mask=mask), dtype, device)
+
+
+@dtypes
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("pair", HEAD_DIM_PAIRS, ids=str)
+def test_head_dim_of_v(device, dtype, pair, mask):
+    d, dv = pair
+    check(Case(200, 184, 4, 2, head_dim=d, head_dim_v=dv, mask=mask), dtype, device)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -83,6 +100,7 @@ def test_random_shapes(device, data):
         8 * data.draw(st.integers(2, 32), "head_dim / 8"),
         data.draw(st.integers(1, 3), "batch"),
         data.draw(st.sampled_from(sorted(MASKS)), "mask"),
+        8 * data.draw(st.integers(1, 32), "head_dim_v / 8"),
     )
     check(case, data.draw(st.sampled_from(HALF_DTYPES), "dtype"), device)
 

@@ -145,6 +145,12 @@ def test_sm90_sources_are_compiled_for_sm_90a_alone_and_with_all_wgmma_shapes():
     ]
 
 
+def test_filter_by_head_dim_is_that_of_q():
+    unequal = Path("csrc/sm90/instances/bf16_d192_v128_bwd_0.cu")
+    assert settings.parse_filter("d192,bf16").accepts(unequal)
+    assert not settings.parse_filter("d128,bf16").accepts(unequal)
+
+
 def test_filter_compares_whole_words():
     accepts = InstanceFilter(head_dims=("d64",)).accepts
     assert accepts(Path("bf16_d64.cu"))
@@ -486,6 +492,18 @@ def test_ptxas_log_is_read():
         "sm80_bwd_fp16_d64_64x128", BACKWARD, "sm_90a", 255, spill_bytes=32, stack_bytes=16
     )
     assert (preprocess.name, preprocess.registers) == ("backward_preprocess_kernel<fp16>", 26)
+
+
+@pytest.mark.parametrize(("head_dim_v", "name"), [(128, "d192_v128"), (192, "d192")])
+def test_names_of_sm90_kernels_have_the_head_dim_of_v(head_dim_v, name):
+    namespace, element = "_ZN11flash_attn24sm90", "IN7cutlass6half_tELi192E"
+    forward = f"14forward_kernelINS0_13ForwardTraits{element}Li128ELi112ELi{head_dim_v}EEEEEv"
+    assert ptxas.row_name(namespace + forward) == f"sm90_fwd_fp16_{name}_128x112"
+    split = "LNS0_13ConsumerSplitE1E"
+    backward = (
+        f"15backward_kernelINS0_14BackwardTraits{element}Li64ELi64E{split}Li{head_dim_v}EEEEEv"
+    )
+    assert ptxas.row_name(namespace + backward) == f"sm90_bwd_fp16_{name}_64x64"
 
 
 def test_names_with_substitutions_and_without_a_kernel():

@@ -59,6 +59,17 @@ def test_one_graph_serves_all_lengths(device, arguments):
     assert backend.count <= 2
 
 
+@pytest.mark.parametrize("pair", [(16, 8), (20, 36)], ids=str)
+def test_head_dim_of_v(device, pair):
+    def function(q, k, v):
+        return flash_attn_func(q, k * 2, v, causal=True, deterministic=True).flatten(2)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    case = Case(20, 33, 4, 2, head_dim=pair[0], head_dim_v=pair[1])
+    q, k, v, dout, _ = random_inputs(case, half(device), device)
+    compare(function, compiled, (q, k, v), dout.flatten(2))
+
+
 def test_every_function_traces(device):
     def function(qkv, q, kv):
         with torch.autocast(device, half(device)):

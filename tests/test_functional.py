@@ -121,14 +121,18 @@ def test_gradients_of_packed_tensors(function, device):
         torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("head_dim", [1, 7, 20, 33, 100, 255])
-def test_any_head_dim(device, head_dim):
-    """The default scale and the results are those of the head dim that was given."""
-    case = Case(60, 90, 4, 2, head_dim=head_dim)
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v",
+    [(1, 1), (7, 7), (20, 20), (33, 33), (100, 100), (255, 255)]
+    + [(192, 128), (33, 50), (64, 20), (20, 64), (255, 1)],
+)
+def test_any_head_dim(device, head_dim, head_dim_v):
+    """The default scale and the results are those of the head dims that were given."""
+    case = Case(60, 90, 4, 2, head_dim=head_dim, head_dim_v=head_dim_v)
     inputs = random_inputs(case, torch.float16, device)
     q, k, v, dout, dlse = inputs
     out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
-    assert out.shape == q.shape
+    assert out.shape == dout.shape
     grads = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
     ref = fp64_result(inputs, head_dim**-0.5)
     for name, x, expected in zip(ref._fields, (out, lse, *grads), ref, strict=True):
@@ -181,9 +185,11 @@ def test_wrong_shapes_are_named(function, args, text, device):
 
 
 def test_head_dim_zero_is_named(device):
-    q = torch.empty(1, 4, 2, 0, device=device, dtype=torch.float16)
+    x = torch.empty(1, 4, 2, 8, device=device, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="q: head_dim is 0"):
-        flash_attn_func(q, q, q)
+        flash_attn_func(x[..., :0], x[..., :0], x)
+    with pytest.raises(RuntimeError, match="v: head_dim is 0"):
+        flash_attn_func(x, x, x[..., :0])
 
 
 def test_wrong_window(device):
@@ -197,8 +203,11 @@ def test_head_dim_above_the_limit_names_the_callers_value():
     q = torch.randn(1, 8, 1, 257, dtype=torch.float16, device="cuda")
     with pytest.raises(RuntimeError, match="q: head_dim is 257, the limit is 256"):
         flash_attn_func(q, q, q)
-    with pytest.raises(RuntimeError, match="k: head_dim is 20, it must be q's 33"):
-        flash_attn_func(q[..., :33], q[..., :20], q[..., :33])
+    with pytest.raises(RuntimeError, match="v: head_dim is 257, the limit is 256"):
+        flash_attn_func(q[..., :64], q[..., :64], q)
+    # Padded, both would be 40.
+    with pytest.raises(RuntimeError, match="k: head_dim is 34, it must be q's 33"):
+        flash_attn_func(q[..., :33], q[..., :34], q[..., :33])
 
 
 # With the rest of PyTorch -------------------------------------------------------------------------
@@ -249,8 +258,9 @@ def test_non_reentrant_checkpointing(device, autocast):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
 
 
-def test_gradcheck_of_out_and_lse():
-    case = Case(5, 7, 4, 2, head_dim=3)
+@pytest.mark.parametrize("head_dim_v", [3, 1, 5])
+def test_gradcheck_of_out_and_lse(head_dim_v):
+    case = Case(5, 7, 4, 2, head_dim=3, head_dim_v=head_dim_v)
     q, k, v, *_ = random_inputs(case, torch.float64, "cpu")
     for arguments in ({}, {"causal": True}, {"window_size": (2, 1), "softmax_scale": -0.8}):
         assert torch.autograd.gradcheck(

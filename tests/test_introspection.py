@@ -16,6 +16,7 @@ ROW = {
     "direction": "forward",
     "dtype": "bfloat16",
     "head_dim": 64,
+    "head_dim_v": 64,
     "tile_m": 128,
     "tile_n": 64,
     "threads": 128,
@@ -68,9 +69,11 @@ def test_list_kernels_without_a_log_of_the_build(extension, monkeypatch, tmp_pat
 def test_plan_passes_its_arguments_in_order(extension):
     assert flash_attn2.plan("backward", 1, 2, 3, 8, 4, 64, gpu="A100")["kernel"] == ROW["name"]
     flash_attn2.plan("forward", 1, 2, 3, 8, 4, 64, "float16", 5, 0, True, family="sm80")
+    flash_attn2.plan("forward", 1, 2, 3, 8, 4, 192, head_dim_v=128)
     assert extension.calls == [
-        ("backward", 1, 2, 3, 8, 4, 64, "bfloat16", -1, -1, False, "A100", ""),
-        ("forward", 1, 2, 3, 8, 4, 64, "float16", 5, 0, True, "H200", "sm80"),
+        ("backward", 1, 2, 3, 8, 4, 64, 64, "bfloat16", -1, -1, False, "A100", ""),
+        ("forward", 1, 2, 3, 8, 4, 64, 64, "float16", 5, 0, True, "H200", "sm80"),
+        ("forward", 1, 2, 3, 8, 4, 192, 128, "bfloat16", -1, -1, False, "H200", ""),
     ]
 
 
@@ -81,7 +84,8 @@ def test_table(extension, capsys):
     text = capsys.readouterr().out
     assert "80, 90a" in text and flash_attn2.__version__ in text
     row = next(line for line in text.splitlines() if line.startswith(ROW["name"]))
-    assert row.split()[1:] == ["forward", "bfloat16", "64", "128", "64", "128", "32768", "200", "4"]
+    sizes = ["64", "64", "128", "64", "128", "32768", "200", "4"]
+    assert row.split()[1:] == ["forward", "bfloat16", *sizes]
 
 
 def test_hopper_kernels_are_for_hopper_alone(extension, monkeypatch):

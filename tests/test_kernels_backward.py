@@ -8,12 +8,14 @@ import torch
 from cases import (
     EDGE_LENGTHS,
     HALF_DTYPES,
+    HEAD_DIM_PAIRS,
     HEAD_DIMS,
+    UNEQUAL_BUCKETS,
     YARDSTICK_HEAD_DIMS,
     Case,
     random_inputs,
 )
-from numerics import assert_result, fp64_result, relative_error, run_op, torch_flash
+from numerics import amid_nan, assert_result, fp64_result, relative_error, run_op, torch_flash
 
 pytestmark = pytest.mark.gpu
 
@@ -33,9 +35,10 @@ def check(case: Case, dtype: torch.dtype, **arguments) -> None:
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("mask", ["full", "causal"])
 @pytest.mark.parametrize("lengths", YARDSTICK_LENGTHS, ids=str)
-@pytest.mark.parametrize("head_dim", YARDSTICK_HEAD_DIMS)
-def test_error_is_at_most_1_05_of_torch_flash(head_dim, lengths, mask, dtype, deterministic):
-    case = Case(*lengths, 8, 8, head_dim=head_dim, mask=mask)
+@pytest.mark.parametrize("head_dims", YARDSTICK_HEAD_DIMS, ids=str)
+def test_error_is_at_most_1_05_of_torch_flash(head_dims, lengths, mask, dtype, deterministic):
+    d, dv = head_dims
+    case = Case(*lengths, 8, 8, head_dim=d, head_dim_v=dv, mask=mask)
     inputs = random_inputs(case, dtype, "cuda")
     got = run_op(
         inputs, case.softmax_scale, case.window, with_dlse=False, deterministic=deterministic
@@ -52,10 +55,11 @@ def test_error_is_at_most_1_05_of_torch_flash(head_dim, lengths, mask, dtype, de
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window"])
 @pytest.mark.parametrize("seqlen_q", EDGE_LENGTHS)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_lengths(head_dim, seqlen_q, mask):
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (256, 256), *UNEQUAL_BUCKETS], ids=str)
+def test_lengths(head_dims, seqlen_q, mask):
+    d, dv = head_dims
     for seqlen_k in EDGE_LENGTHS:
-        case = Case(seqlen_q, seqlen_k, head_dim=head_dim, mask=mask).with_enough_rows()
+        case = Case(seqlen_q, seqlen_k, head_dim=d, head_dim_v=dv, mask=mask).with_enough_rows()
         check(case, torch.bfloat16, deterministic=seqlen_k % 2 == 0)
 
 
@@ -75,10 +79,11 @@ def test_groups_of_heads(heads, deterministic, dtype):
         check(Case(300, 500, *heads, mask=mask), dtype, deterministic=deterministic)
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
-def test_deterministic_over_100_runs(head_dim):
+@pytest.mark.parametrize("head_dims", YARDSTICK_HEAD_DIMS, ids=str)
+def test_deterministic_over_100_runs(head_dims):
     """Ten column blocks and more add to each row of dq; the order must not show."""
-    case = Case(1300, 1400, 8, 2, head_dim=head_dim, mask="causal")
+    d, dv = head_dims
+    case = Case(1300, 1400, 8, 2, head_dim=d, head_dim_v=dv, mask="causal")
     inputs = random_inputs(case, torch.bfloat16, "cuda")
     q, k, v, dout, dlse = (x.detach() for x in inputs)
     out, lse = torch.ops.flash_attn2.forward(q, k, v, case.softmax_scale, *case.window)
@@ -97,15 +102,23 @@ def test_deterministic_over_100_runs(head_dim):
         assert torch.equal(dk, dk_again) and torch.equal(dv, dv_again)
 
 
-def test_neighbours_of_a_padded_head_dim_are_not_read():
-    """d = 72 inside rows of 128: the other 56 columns of all inputs are NaN."""
-    case = Case(150, 150, head_dim=72)
-    wide = [torch.full((2, 150, 2, 128), torch.nan, device="cuda").half() for _ in range(4)]
-    for x in wide:
-        x[..., :72] = torch.randn(2, 150, 2, 72, device="cuda")
-    q, k, v = (x[..., :72].requires_grad_() for x in wide[:3])
+@pytest.mark.parametrize("heads", [(2, 2), (8, 2), (6, 1)], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("pair", HEAD_DIM_PAIRS, ids=str)
+def test_head_dim_of_v(pair, dtype, deterministic, heads):
+    for mask in ("full", "causal", "window"):
+        case = Case(300, 500, *heads, head_dim=pair[0], head_dim_v=pair[1], mask=mask)
+        check(case, dtype, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("pair", [(72, 72), (72, 40), (168, 104), (40, 104)], ids=str)
+def test_neighbours_of_a_padded_head_dim_are_not_read(pair):
+    """The columns on either side of q, k, v and dout in their memory are NaN."""
+    case = Case(150, 150, head_dim=pair[0], head_dim_v=pair[1])
     inputs = random_inputs(case, torch.float16, "cuda")
-    inputs = inputs._replace(q=q, k=k, v=v, dout=wide[3][..., :72])
+    q, k, v = (amid_nan(x).requires_grad_() for x in inputs[:3])
+    inputs = inputs._replace(q=q, k=k, v=v, dout=amid_nan(inputs.dout))
     assert_result(run_op(inputs, case.softmax_scale), inputs, case)
 
 

@@ -176,11 +176,13 @@ def test_peak_memory_is_linear(clean_memory, length, head_dim):
     assert all(x.isfinite().all() for x in (out, *grads))
 
 
-def test_forward_allocates_its_outputs_alone(clean_memory):
-    q = torch.randn(2, 4096, 8, 128, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("head_dim_v", [192, 128])
+def test_forward_allocates_its_outputs_alone(clean_memory, head_dim_v):
+    q = torch.randn(2, 4096, 8, 192, device="cuda", dtype=torch.bfloat16)
+    v = torch.randn(2, 4096, 8, head_dim_v, device="cuda", dtype=torch.bfloat16)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    out, lse = forward(q, q, q, 0.1)
+    out, lse = forward(q, q, v, 0.1)
     needed = out.numel() * 2 + lse.numel() * 4
     # Less than a MiB more: the allocator rounds, a copy would take 16 MiB.
     assert torch.cuda.max_memory_allocated() - before < needed + (1 << 20)

@@ -68,8 +68,10 @@ def test_hidden_pairs_written_out():
     assert hidden_pairs(3, 3, (0, 1), "cpu").tolist() == [[0, 0, x], [x, 0, 0], [x, x, 0]]
 
 
-def test_plain_attention_is_torchs():
-    q, k, v, *_ = random_inputs(Case(9, 9, heads_q=4), torch.float64, "cpu")
+@pytest.mark.parametrize("head_dim_v", [64, 24])
+def test_plain_attention_is_torchs(head_dim_v):
+    case = Case(9, 9, heads_q=4, head_dim_v=head_dim_v)
+    q, k, v, *_ = random_inputs(case, torch.float64, "cpu")
     out, lse = plain_attention(q, k, v, 0.3, (-1, 0))
     args = [x.transpose(1, 2) for x in (q, k, v)]
     expected = F.scaled_dot_product_attention(*args, is_causal=True, scale=0.3, enable_gqa=True)
@@ -82,7 +84,7 @@ def test_plain_attention_is_torchs():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_rounded_result_has_the_error_of_its_dtype(dtype, mask):
-    case = Case(200, 150, heads_q=4, mask=mask)
+    case = Case(200, 150, heads_q=4, mask=mask, head_dim_v=40)
     inputs = random_inputs(case, dtype, "cpu")
     exact = fp64_result(inputs, case.softmax_scale, case.window)
     rounded = rounded_result(inputs, case.softmax_scale, case.window)

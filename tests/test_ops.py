@@ -36,6 +36,8 @@ OPCHECK_CASES = (
     Case(20, 20, head_dim=16),
     Case(9, 30, 4, 2, head_dim=16, mask="causal"),
     Case(30, 9, 4, 1, head_dim=24, mask="window"),
+    Case(20, 30, 4, 2, head_dim=24, head_dim_v=16),
+    Case(20, 30, 4, 2, head_dim=16, head_dim_v=40, mask="causal"),
     Case(0, 5, head_dim=16),
     Case(5, 0, head_dim=16),
 )
@@ -70,20 +72,21 @@ def test_fake_results_have_the_real_ones_metadata(device):
     dtype = dtypes_of(device)[0]
     q = torch.randn(2, 4, 20, 16, dtype=dtype, device=device).transpose(1, 2)
     k = torch.randn(2, 30, 2, 16, dtype=dtype, device=device)
-    out, lse = forward(q, k, k, 0.25)
-    real = (out, lse, *backward(out, q, k, k, out, lse, None, 0.25))
+    v = torch.randn(2, 2, 30, 24, dtype=dtype, device=device).transpose(1, 2)
+    out, lse = forward(q, k, v, 0.25)
+    real = (out, lse, *backward(out, q, k, v, out, lse, None, 0.25))
     with torch._subclasses.FakeTensorMode() as mode:
-        q, k = mode.from_tensor(q), mode.from_tensor(k)
-        out, lse = forward(q, k, k, 0.25)
-        fake = (out, lse, *backward(out, q, k, k, out, lse, None, 0.25))
+        q, k, v = (mode.from_tensor(x) for x in (q, k, v))
+        out, lse = forward(q, k, v, 0.25)
+        fake = (out, lse, *backward(out, q, k, v, out, lse, None, 0.25))
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
 
 
 def test_meta_tensors():
     q = torch.empty(2, 20, 4, 16, device="meta", dtype=torch.bfloat16)
-    out, lse = forward(q, q, q, 0.25)
-    assert out.shape == q.shape and lse.shape == (2, 4, 20) and lse.dtype == torch.float32
+    out, lse = forward(q, q, q[..., :8], 0.25)
+    assert out.shape == (2, 20, 4, 8) and lse.shape == (2, 4, 20) and lse.dtype == torch.float32
 
 
 # Autograd -----------------------------------------------------------------------------------------
@@ -137,7 +140,9 @@ WRONG_INPUTS = {
     "q: head_dim is 0, it must be at least 1": lambda: (_q(d=0), _q(d=0), _q(d=0)),
     "k: head_dim is 16, it must be q's 8": lambda: (_q(), _q(d=16), _q()),
     "v: batch is 3, it must be q's 2": lambda: (_q(), _q(), _q(b=3)),
-    "v: shape is (2, 5, 4, 8), it must be k's (2, 7, 4, 8)": lambda: (_q(), _q(s=7), _q()),
+    "v: seqlen is 5, it must be k's 7": lambda: (_q(), _q(s=7), _q()),
+    "v: heads is 2, it must be k's 4": lambda: (_q(), _q(), _q(h=2)),
+    "v: head_dim is 0, it must be at least 1": lambda: (_q(), _q(), _q(d=0)),
     "k: the last dimension has stride 2": lambda: (_q(), _q(d=16)[..., ::2], _q()),
 }
 

@@ -32,11 +32,12 @@ SERVED_GPUS = [
 REASONS = (
     r"is a (forward|backward) kernel",
     r"is for (float16|bfloat16), the inputs are (float16|bfloat16)",
-    r"serves head_dim <= \d+, the inputs have \d+",
+    r"serves head_dim(_v)? <= \d+, the inputs have \d+",
     r"needs sm_\d+, \w+ is sm_\d+",
     r"runs up to sm_\d+, \w+ is sm_\d+",
     r"is of family sm\d+, asked for is sm\d+",
     r"needs \d+ bytes of shared memory, \w+ gives a block \d+",
+    r"fits, but \w+ has smaller head_dim buckets \(\d+ \+ \d+ < \d+ \+ \d+\)",
     r"fits, but \w+ (has a smaller head_dim bucket|is of a newer family|is preferred) \(.+\)",
 )
 
@@ -96,6 +97,52 @@ def test_every_gpu_and_head_dim_has_a_kernel_that_fits(gpu, direction, dtype):
             assert plan[key] == row[key]
 
 
+# (head dim of Q and K, of V): the buckets that serve it on Hopper, and those elsewhere.
+PAIRS = {
+    (192, 128): ((192, 128), (192, 192)),
+    (168, 104): ((192, 128), (192, 192)),
+    (192, 136): ((192, 192), (192, 192)),
+    (64, 128): ((64, 128), (128, 128)),
+    (40, 72): ((64, 128), (96, 96)),  # 64 + 128 = 96 + 96: the fewer columns of Q
+    (128, 64): ((128, 128), (128, 128)),
+    (72, 40): ((96, 96), (96, 96)),
+    (256, 8): ((256, 256), (256, 256)),
+    (8, 256): ((256, 256), (256, 256)),
+}
+
+
+@pytest.mark.parametrize("gpu", ["H200", "A100", "RTX4090"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_buckets_of_unequal_head_dims(pair, direction, gpu):
+    buckets = PAIRS[pair][gpu != "H200"]
+    if buckets not in EXTENSION.build_info()["head_dim_pairs"]:
+        pytest.skip("these buckets are not in this build")
+    row = KERNELS[plan_for(direction, head_dim=pair[0], head_dim_v=pair[1], gpu=gpu)["kernel"]]
+    assert (row["head_dim"], row["head_dim_v"]) == buckets
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_refusals_name_the_head_dims(direction):
+    unequal = [row for row in KERNELS.values() if row["head_dim"] != row["head_dim_v"]]
+    if not unequal:
+        pytest.skip("no kernel of unequal head dims in this build")
+    for row in unequal:
+        d, dv = row["head_dim"], row["head_dim_v"]
+        plan = plan_for(direction, row["dtype"], head_dim=d, head_dim_v=dv)
+        for entry in plan["refused"]:
+            other, reason = KERNELS[entry["kernel"]], entry["reason"]
+            if (other["direction"], other["dtype"]) != (direction, row["dtype"]):
+                continue
+            if other["head_dim"] < d:
+                assert reason == f"serves head_dim <= {other['head_dim']}, the inputs have {d}"
+            elif other["head_dim_v"] < dv:
+                assert reason == f"serves head_dim_v <= {other['head_dim_v']}, the inputs have {dv}"
+            elif other["family"] == "sm90":
+                sums = f"({d} + {dv} < {other['head_dim']} + {other['head_dim_v']})"
+                assert reason.endswith(f"{plan['kernel']} has smaller head_dim buckets {sums}")
+
+
 def test_an_unfiltered_build_serves_every_head_dim_up_to_256():
     info = flash_attn2.build_info()
     if len(info["head_dims"]) < 5 or len(info["dtypes"]) < 2:
@@ -103,6 +150,8 @@ def test_an_unfiltered_build_serves_every_head_dim_up_to_256():
     for direction in DIRECTIONS:
         for dtype in info["dtypes"]:
             assert built(direction, dtype) == [64, 96, 128, 192, 256]
+    if "90a" in info["archs"]:
+        assert {(64, 128), (192, 128)} <= set(info["head_dim_pairs"])
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -279,6 +328,8 @@ def test_heads_per_group_fills_half_of_the_cache():
     assert group_for(16384, batch=2, heads_q=16, heads_k=16) == 6
     # Groups of 4 query heads that share a KV head stay together.
     assert group_for(16384, batch=2, heads_q=64, heads_k=16) == 24
+    # With 32 columns of V it is 3 MiB a head.
+    assert group_for(16384, batch=2, heads_q=16, heads_k=16, head_dim_v=32) == 8
 
 
 @pytest.mark.parametrize(
@@ -345,6 +396,16 @@ def test_backward_workspace(seqlen_q, deterministic, gpu):
     assert plan["workspace_bytes"] == expected
 
 
+def test_workspace_has_the_columns_of_q():
+    unequal = [row for row in KERNELS.values() if row["head_dim"] != row["head_dim_v"]]
+    if not unequal:
+        pytest.skip("no kernel of unequal head dims in this build")
+    for row in unequal:
+        d, dv = row["head_dim"], row["head_dim_v"]
+        plan = plan_for("backward", row["dtype"], head_dim=d, head_dim_v=dv, seqlen_q=1024)
+        assert plan["workspace_bytes"] == 2 * 8 * 1024 * 4 * (d + 2)
+
+
 def test_workspace_is_counted_in_64_bits():
     plan = plan_for("backward", batch=1, heads_q=64, heads_k=64, seqlen_q=2**17, seqlen_k=2**17)
     bucket = KERNELS[plan["kernel"]]["head_dim"]
@@ -399,6 +460,8 @@ def test_window_that_hides_nothing_is_none(window, seqlens, expected):
         ({"heads_q": 8, "heads_k": 3}, r"^heads_q: is 8, it must be a multiple of heads_k, .* 3"),
         ({"head_dim": 0}, r"^head_dim: is 0, it must be at least 1 and at most 256"),
         ({"head_dim": 257}, r"^head_dim: is 257, it must be at least 1 and at most 256"),
+        ({"head_dim_v": 0}, r"^head_dim_v: is 0, it must be at least 1 and at most 256"),
+        ({"head_dim_v": 257}, r"^head_dim_v: is 257, it must be at least 1 and at most 256"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -456,6 +519,8 @@ def test_build_info_and_kernels_agree():
     info = flash_attn2.build_info()
     assert set(info) >= {"version", "archs", "cuda", "cutlass", "torch", "head_dims", "dtypes"}
     assert info["head_dims"] == sorted({row["head_dim"] for row in KERNELS.values()})
+    pairs = {(row["head_dim"], row["head_dim_v"]) for row in KERNELS.values()}
+    assert info["head_dim_pairs"] == sorted(pairs)
     assert info["dtypes"] == sorted({row["dtype"] for row in KERNELS.values()})
     assert info["archs"] and all(re.fullmatch(r"\d+[af]?", arch) for arch in info["archs"])
     assert re.fullmatch(r"\d+\.\d+", info["cuda"])
@@ -466,8 +531,9 @@ def test_kernel_names_say_what_they_are():
     assert len(KERNELS) == len(EXTENSION.list_kernels())
     short = {"forward": "fwd", "backward": "bwd", "float16": "fp16", "bfloat16": "bf16"}
     for name, row in KERNELS.items():
+        value = f"_v{row['head_dim_v']}" if row["head_dim_v"] != row["head_dim"] else ""
         assert name == (
             f"{row['family']}_{short[row['direction']]}_{short[row['dtype']]}_d{row['head_dim']}"
-            f"_{row['tile_m']}x{row['tile_n']}"
+            f"{value}_{row['tile_m']}x{row['tile_n']}"
         )
         assert row["threads"] % 32 == 0 and row["smem_bytes"] > 0

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import GROUPS, MASKS, Case, random_inputs
+from cases import GROUPS, HEAD_DIM_PAIRS, MASKS, Case, random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import Result, assert_result, hidden_pairs, poisoned
@@ -33,6 +33,14 @@ def test_tiles(lengths, mask, blocks):
     inputs = random_inputs(case, torch.float64, "cpu")
     got = run_reference(inputs, case, block_q=blocks[0], block_k=blocks[1])
     assert_result(got, inputs, case)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("pair", [*HEAD_DIM_PAIRS, (1, 5), (7, 3)], ids=str)
+def test_head_dim_of_v(pair, mask):
+    case = Case(37, 50, 6, 2, head_dim=pair[0], head_dim_v=pair[1], mask=mask)
+    inputs = random_inputs(case, torch.float64, "cpu")
+    assert_result(run_reference(inputs, case, block_q=16, block_k=8), inputs, case)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window"])

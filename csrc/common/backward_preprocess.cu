@@ -18,7 +18,7 @@ struct PreprocessParams {
   BackwardParams backward;
   int rows_rounded;      // seqlen_q rounded up to the tile
   int head_dim_rounded;  // floats of a row of the dQ accumulator
-  int lanes;             // threads that share a row: a power of two, one 16-byte chunk each
+  int lanes;             // threads that share a row: a power of two, one 16-byte chunk of dO each
 };
 
 template <class Element>
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool valid = in_grid && row < shape.seqlen_q;
 
   float dot = 0.f;
-  if (valid && lane * kChunk < shape.head_dim) {
+  if (valid && lane * kChunk < shape.head_dim_v) {
     dot = dot_chunk<Element>(bwd.dout, bwd.out, head_row / shape.heads_q, head_row % shape.heads_q,
                              row, lane * kChunk);
   }
@@ -87,7 +87,7 @@ void launch_backward_preprocess(const BackwardParams& params, DType dtype, int t
                                 int head_dim_rounded, CUstream_st* stream) {
   const AttentionShape& shape = params.shape;
   PreprocessParams all{params, ceil_div(shape.seqlen_q, tile_m) * tile_m, head_dim_rounded, 1};
-  while (all.lanes * kChunk < shape.head_dim) all.lanes *= 2;
+  while (all.lanes * kChunk < shape.head_dim_v) all.lanes *= 2;
   const int64_t rows = int64_t(shape.batch) * shape.heads_q * all.rows_rounded;
   const int rows_per_block = kThreads / all.lanes;
   auto kernel = dtype == DType::kFloat16 ? backward_preprocess_kernel<cutlass::half_t>

@@ -28,12 +28,14 @@ KernelRow describe(const char* family, int min_arch, Direction direction, int pr
   using DTypeTraits = DTypeOf<typename Traits::Element>;
   KernelRow row;
   row.name = std::string(family) + (direction == Direction::kForward ? "_fwd_" : "_bwd_") +
-             DTypeTraits::kName + "_d" + std::to_string(Traits::kHeadDim) + "_" +
-             std::to_string(Traits::kTileM) + "x" + std::to_string(Traits::kTileN);
+             DTypeTraits::kName + "_d" + std::to_string(Traits::kHeadDim);
+  if (Traits::kHeadDimV != Traits::kHeadDim) row.name += "_v" + std::to_string(Traits::kHeadDimV);
+  row.name += "_" + std::to_string(Traits::kTileM) + "x" + std::to_string(Traits::kTileN);
   row.family = family;
   row.direction = direction;
   row.dtype = DTypeTraits::kValue;
   row.head_dim = Traits::kHeadDim;
+  row.head_dim_v = Traits::kHeadDimV;
   row.tile_m = Traits::kTileM;
   row.tile_n = Traits::kTileN;
   row.threads = Traits::kThreads;

@@ -22,7 +22,8 @@ struct AttentionShape {
   int seqlen_k = 0;
   int heads_q = 0;
   int heads_k = 0;
-  int head_dim = 0;  // the caller's head dim, <= the kernel's bucket
+  int head_dim = 0;    // of Q and K; the caller's, <= the kernel's bucket
+  int head_dim_v = 0;  // of V and the output, likewise
 };
 
 // Query i stands at key position p = i + seqlen_k - seqlen_q and sees the keys j with
@@ -50,7 +51,8 @@ struct BackwardParams {
   float softmax_scale = 1.f;
 
   // Workspace, in this order, in one allocation that carve_workspace (plan/plan.h) divides:
-  // seqlen_q_rounded is seqlen_q rounded up to tile_m, head_dim_rounded is the kernel's bucket.
+  // seqlen_q_rounded is seqlen_q rounded up to tile_m, head_dim_rounded is the kernel's bucket of
+  // Q.
   float* lse_log2 = nullptr;  // (batch, heads_q, seqlen_q_rounded): LSE * log2(e), +inf on padding
   float* delta = nullptr;     // (batch, heads_q, seqlen_q_rounded): D = rowsum(dO * O) - dLSE
   float* dq_accum = nullptr;  // (batch, heads_q, seqlen_q_rounded, head_dim_rounded), tile order

@@ -66,11 +66,12 @@ void check_heads(const at::Tensor& q, const at::Tensor& k) {
               " heads, which does not divide q's ", q.size(2), " heads");
 }
 
-void check_head_dim(const at::Tensor& q) {
-  const int64_t head_dim = q.size(3);
-  TORCH_CHECK(head_dim <= kMaxHeadDim, "q: head_dim is ", head_dim, ", the limit is ", kMaxHeadDim);
-  TORCH_CHECK(head_dim >= kHeadDimStep && head_dim % kHeadDimStep == 0, "q: head_dim is ", head_dim,
-              ", it must be a positive multiple of ", kHeadDimStep,
+void check_head_dim(const char* name, const at::Tensor& t) {
+  const int64_t head_dim = t.size(3);
+  TORCH_CHECK(head_dim <= kMaxHeadDim, name, ": head_dim is ", head_dim, ", the limit is ",
+              kMaxHeadDim);
+  TORCH_CHECK(head_dim >= kHeadDimStep && head_dim % kHeadDimStep == 0, name, ": head_dim is ",
+              head_dim, ", it must be a positive multiple of ", kHeadDimStep,
               " (flash_attn_func pads others with zeros)");
 }
 
@@ -90,24 +91,27 @@ Problem check_qkv(Direction direction, const at::Tensor& q, const at::Tensor& k,
   check_layout("v", v);
   check_size("k", k, 0, "batch", "q", q);
   check_size("k", k, 3, "head_dim", "q", q);
-  TORCH_CHECK(v.sizes() == k.sizes(), "v: shape is ", shape_of(v.sizes()), ", it must be k's ",
-              shape_of(k.sizes()));
+  check_size("v", v, 0, "batch", "q", q);
+  check_size("v", v, 1, "seqlen", "k", k);
+  check_size("v", v, 2, "heads", "k", k);
   check_heads(q, k);
-  check_head_dim(q);
+  check_head_dim("q", q);
+  check_head_dim("v", v);
 
   Problem problem;
   problem.direction = direction;
   problem.dtype = q.scalar_type() == at::kHalf ? DType::kFloat16 : DType::kBFloat16;
-  problem.shape = with_torch_error(
-      [&] { return make_shape(q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3)); });
+  problem.shape = with_torch_error([&] {
+    return make_shape(q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3));
+  });
   problem.window = make_window(window_left, window_right, problem.shape);
   problem.deterministic = deterministic;
   problem.family = with_torch_error([] { return forced_family(); });
   return problem;
 }
 
-void check_like_q(const char* name, const at::Tensor& t, const at::Tensor& q) {
-  check_shape(name, t, q.sizes());
+void check_output(const char* name, const at::Tensor& t, const at::Tensor& q, const at::Tensor& v) {
+  check_shape(name, t, {q.size(0), q.size(1), q.size(2), v.size(3)});
   check_dtype(name, t, q);
   check_device(name, t, q);
 }
@@ -141,8 +145,8 @@ Problem check_backward(const at::Tensor& dout, const at::Tensor& q, const at::Te
                        int64_t window_right, bool deterministic) {
   const Problem problem =
       check_qkv(Direction::kBackward, q, k, v, window_left, window_right, deterministic);
-  check_like_q("dout", dout, q);
-  check_like_q("out", out, q);
+  check_output("dout", dout, q, v);
+  check_output("out", out, q, v);
   check_row_statistic("lse", lse, q);
   if (dlse.has_value()) check_row_statistic("dlse", *dlse, q);
   return problem;
@@ -151,9 +155,10 @@ Problem check_backward(const at::Tensor& dout, const at::Tensor& q, const at::Te
 Plan plan_or_raise(const Problem& problem, c10::DeviceIndex device) {
   const DeviceLimits& limits = running_device(device);
   const Plan plan = with_torch_error([&] { return make_plan(problem, limits); });
-  TORCH_CHECK(plan.row != nullptr, "q: head_dim is ", problem.shape.head_dim, ", dtype is torch.",
-              dtype_name(problem.dtype), ", on ", limits.name, " (sm_", limits.arch,
-              "), it must be what a ", direction_name(problem.direction),
+  TORCH_CHECK(plan.row != nullptr, "q: head_dim is ", problem.shape.head_dim, ", v's is ",
+              problem.shape.head_dim_v, ", dtype is torch.", dtype_name(problem.dtype), ", on ",
+              limits.name, " (sm_", limits.arch, "), they must be what a ",
+              direction_name(problem.direction),
               " kernel of this build serves:", list_refusals(problem, limits));
   return plan;
 }

@@ -11,12 +11,12 @@
 
 namespace flash_attn2 {
 
-// q (b, sq, h, d); k, v (b, sk, hk, d): CUDA tensors on one device, fp16 or bf16, d % 8 == 0, the
-// last dimension contiguous.
+// q (b, sq, h, d); k (b, sk, hk, d); v (b, sk, hk, dv): CUDA tensors on one device, fp16 or bf16, d
+// and dv multiples of 8, the last dimension contiguous.
 Problem check_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                       int64_t window_left, int64_t window_right, bool deterministic);
 
-// As above; besides out and dout like q in shape and dtype, lse and dlse (b, h, sq) in fp32.
+// As above; besides out and dout (b, sq, h, dv) of q's dtype, lse and dlse (b, h, sq) in fp32.
 Problem check_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k,
                        const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
                        const std::optional<at::Tensor>& dlse, int64_t window_left,

@@ -11,7 +11,8 @@
 namespace flash_attn2 {
 namespace {
 
-// q (b, sq, h, d), k and v (b, sk, hk, d) -> out like q, contiguous, and lse (b, h, sq) in fp32.
+// q (b, sq, h, d), k (b, sk, hk, d), v (b, sk, hk, dv) -> out (b, sq, h, dv), contiguous, and lse
+// (b, h, sq) in fp32.
 // `deterministic` concerns the backward that autograd calls; the forward always is.
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k,
                                            const at::Tensor& v, double softmax_scale,
@@ -21,7 +22,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   const c10::cuda::CUDAGuard guard(q.device());
   const Plan plan = plan_or_raise(problem, q.device().index());
 
-  at::Tensor out = empty_like_device(q, q.sizes(), q.scalar_type());
+  at::Tensor out =
+      empty_like_device(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type());
   at::Tensor lse = empty_like_device(q, {q.size(0), q.size(2), q.size(1)}, at::kFloat);
   if (out.numel() == 0) return {std::move(out), std::move(lse)};
 

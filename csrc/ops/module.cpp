@@ -9,6 +9,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../plan/plan.h"
@@ -30,9 +31,11 @@ std::string cutlass_version() {
 
 py::dict build_info() {
   std::set<int> head_dims;
+  std::set<std::pair<int, int>> head_dim_pairs;
   std::set<std::string> dtypes;
   for (const KernelRow& row : kernel_rows()) {
     head_dims.insert(row.head_dim);
+    head_dim_pairs.emplace(row.head_dim, row.head_dim_v);
     dtypes.insert(dtype_name(row.dtype));
   }
   py::dict info;
@@ -42,6 +45,8 @@ py::dict build_info() {
   info["cutlass"] = cutlass_version();
   info["torch"] = TORCH_VERSION;
   info["head_dims"] = std::vector<int>(head_dims.begin(), head_dims.end());
+  info["head_dim_pairs"] =
+      std::vector<std::pair<int, int>>(head_dim_pairs.begin(), head_dim_pairs.end());
   info["dtypes"] = std::vector<std::string>(dtypes.begin(), dtypes.end());
   return info;
 }
@@ -55,6 +60,7 @@ py::list list_kernels() {
     kernel["direction"] = direction_name(row.direction);
     kernel["dtype"] = dtype_name(row.dtype);
     kernel["head_dim"] = row.head_dim;
+    kernel["head_dim_v"] = row.head_dim_v;
     kernel["tile_m"] = row.tile_m;
     kernel["tile_n"] = row.tile_n;
     kernel["threads"] = row.threads;
@@ -110,13 +116,13 @@ py::dict plan_to_dict(const Problem& problem, const DeviceLimits& device) {
 }
 
 py::dict plan(const std::string& direction, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
-              int64_t heads_q, int64_t heads_k, int64_t head_dim, const std::string& dtype,
-              int64_t window_left, int64_t window_right, bool deterministic, const std::string& gpu,
-              const std::string& family) {
+              int64_t heads_q, int64_t heads_k, int64_t head_dim, int64_t head_dim_v,
+              const std::string& dtype, int64_t window_left, int64_t window_right,
+              bool deterministic, const std::string& gpu, const std::string& family) {
   Problem problem;
   problem.direction = parse_direction(direction);
   problem.dtype = parse_dtype(dtype);
-  problem.shape = make_shape(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim);
+  problem.shape = make_shape(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v);
   problem.window = make_window(window_left, window_right, problem.shape);
   problem.deterministic = deterministic;
   problem.family = family.empty() ? forced_family() : check_family("family", family);
@@ -151,7 +157,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace flash_attn2;
   m.doc() = "Host side of flash_attn2: what was built, and which kernel a problem gets.";
   m.def("build_info", &build_info,
-        "Version, architectures, CUDA, CUTLASS and torch of this build; head_dims and dtypes.");
+        "Version, architectures, CUDA, CUTLASS and torch of this build; head_dims of Q and K, "
+        "head_dim_pairs with V's, and dtypes.");
   m.def("list_kernels", &list_kernels, "Every compiled kernel, one dict each.");
   m.def("list_gpus", &list_gpus, "The GPUs that plan() knows, one dict each.");
   m.def("why_unusable", &why_unusable_gpu, py::arg("arch"), py::arg("archs"),
@@ -172,7 +179,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "The kernel, grid, shared memory and workspace for one problem on a GPU by name, and why "
       "each other kernel was refused. Raises ValueError for sizes out of range and unknown names.",
       py::arg("direction"), py::arg("batch"), py::arg("seqlen_q"), py::arg("seqlen_k"),
-      py::arg("heads_q"), py::arg("heads_k"), py::arg("head_dim"), py::arg("dtype") = "bfloat16",
-      py::arg("window_left") = -1, py::arg("window_right") = -1, py::arg("deterministic") = false,
-      py::arg("gpu") = "H200", py::arg("family") = "");
+      py::arg("heads_q"), py::arg("heads_k"), py::arg("head_dim"), py::arg("head_dim_v"),
+      py::arg("dtype") = "bfloat16", py::arg("window_left") = -1, py::arg("window_right") = -1,
+      py::arg("deterministic") = false, py::arg("gpu") = "H200", py::arg("family") = "");
 }

@@ -31,14 +31,19 @@ void require_range(const char* what, int64_t value, int64_t low, int64_t high) {
 
 bool serves(const KernelRow& row, const Problem& problem, const DeviceLimits& device) {
   return row.direction == problem.direction && row.dtype == problem.dtype &&
-         row.head_dim >= problem.shape.head_dim &&
+         row.head_dim >= problem.shape.head_dim && row.head_dim_v >= problem.shape.head_dim_v &&
          (problem.family.empty() || problem.family == row.family) && row.min_arch <= device.arch &&
          device.arch <= row.max_arch && row.smem_bytes <= device.smem_per_block_optin;
 }
 
+// Columns of S = Q K^T and O = P V: what a pair of a query and a key costs the forward.
+int padded_columns(const KernelRow& row) { return row.head_dim + row.head_dim_v; }
+
 bool better(const KernelRow& a, const KernelRow& b) {
-  if (a.head_dim != b.head_dim) return a.head_dim < b.head_dim;
+  if (padded_columns(a) != padded_columns(b)) return padded_columns(a) < padded_columns(b);
   if (a.min_arch != b.min_arch) return a.min_arch > b.min_arch;
+  // Three of the backward's five products have Q's columns, two have V's.
+  if (a.head_dim != b.head_dim) return a.head_dim < b.head_dim;
   return a.preference < b.preference;
 }
 
@@ -48,6 +53,10 @@ const KernelRow* choose(const Problem& problem, const DeviceLimits& device) {
     if (serves(row, problem, device) && (best == nullptr || better(row, *best))) best = &row;
   }
   return best;
+}
+
+std::string buckets_of(const KernelRow& row) {
+  return std::to_string(row.head_dim) + " + " + std::to_string(row.head_dim_v);
 }
 
 // Why `row` is not `chosen` (null when no row serves).
@@ -64,6 +73,10 @@ std::string refusal_reason(const KernelRow& row, const KernelRow* chosen, const 
     return "serves head_dim <= " + std::to_string(row.head_dim) + ", the inputs have " +
            std::to_string(problem.shape.head_dim);
   }
+  if (row.head_dim_v < problem.shape.head_dim_v) {
+    return "serves head_dim_v <= " + std::to_string(row.head_dim_v) + ", the inputs have " +
+           std::to_string(problem.shape.head_dim_v);
+  }
   if (!problem.family.empty() && problem.family != row.family) {
     return "is of family " + row.family + ", asked for is " + std::string(problem.family);
   }
@@ -79,16 +92,20 @@ std::string refusal_reason(const KernelRow& row, const KernelRow* chosen, const 
     return "needs " + std::to_string(row.smem_bytes) + " bytes of shared memory, " + device.name +
            " gives a block " + std::to_string(device.smem_per_block_optin);
   }
-  if (row.head_dim > chosen->head_dim) {
-    return "fits, but " + chosen->name + " has a smaller head_dim bucket (" +
-           std::to_string(chosen->head_dim) + " < " + std::to_string(row.head_dim) + ")";
+  const std::string fits = "fits, but " + chosen->name;
+  if (padded_columns(row) > padded_columns(*chosen)) {
+    return fits + " has smaller head_dim buckets (" + buckets_of(*chosen) + " < " +
+           buckets_of(row) + ")";
   }
   if (row.min_arch < chosen->min_arch) {
-    return "fits, but " + chosen->name + " is of a newer family (" + chosen->family + " before " +
-           row.family + ")";
+    return fits + " is of a newer family (" + chosen->family + " before " + row.family + ")";
   }
-  return "fits, but " + chosen->name + " is preferred (" + std::to_string(chosen->preference) +
-         " before " + std::to_string(row.preference) + ")";
+  if (row.head_dim > chosen->head_dim) {
+    return fits + " has a smaller head_dim bucket (" + std::to_string(chosen->head_dim) + " < " +
+           std::to_string(row.head_dim) + ")";
+  }
+  return fits + " is preferred (" + std::to_string(chosen->preference) + " before " +
+         std::to_string(row.preference) + ")";
 }
 
 // Row blocks of Q, or column blocks of K and V, over all heads and batches. The caller checked
@@ -111,7 +128,8 @@ int64_t count_blocks(const char* length_name, int64_t length, int tile, int64_t 
 int heads_that_share_l2(const AttentionShape& shape, int64_t l2_bytes) {
   const int64_t query_heads = int64_t{shape.batch} * shape.heads_q;
   const int64_t group = shape.heads_q / shape.heads_k;
-  const int64_t kv_head_bytes = 2 * kBytesPerElement * shape.seqlen_k * shape.head_dim;
+  const int64_t kv_head_bytes =
+      kBytesPerElement * shape.seqlen_k * (shape.head_dim + shape.head_dim_v);
   if (kv_head_bytes == 0) return static_cast<int>(std::max<int64_t>(query_heads, 1));
   const int64_t kv_heads = std::max<int64_t>(l2_bytes / 2 / kv_head_bytes, 1);
   return static_cast<int>(std::max<int64_t>(std::min(kv_heads * group, query_heads), 1));
@@ -160,13 +178,14 @@ Workspace lay_out(const KernelRow& row, const Problem& problem) {
 }  // namespace
 
 AttentionShape make_shape(int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t heads_q,
-                          int64_t heads_k, int64_t head_dim) {
+                          int64_t heads_k, int64_t head_dim, int64_t head_dim_v) {
   require_range("batch", batch, 0, kMaxInt);
   require_range("seqlen_q", seqlen_q, 0, kMaxInt);
   require_range("seqlen_k", seqlen_k, 0, kMaxInt);
   require_range("heads_q", heads_q, 1, kMaxInt);
   require_range("heads_k", heads_k, 1, kMaxInt);
   require_range("head_dim", head_dim, 1, kMaxHeadDim);
+  require_range("head_dim_v", head_dim_v, 1, kMaxHeadDim);
   if (heads_q % heads_k != 0) {
     refuse("heads_q", heads_q, "a multiple of heads_k, which is " + std::to_string(heads_k));
   }
@@ -179,6 +198,7 @@ AttentionShape make_shape(int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int
   shape.heads_q = static_cast<int>(heads_q);
   shape.heads_k = static_cast<int>(heads_k);
   shape.head_dim = static_cast<int>(head_dim);
+  shape.head_dim_v = static_cast<int>(head_dim_v);
   return shape;
 }
 

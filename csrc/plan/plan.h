@@ -55,9 +55,9 @@ struct Refusal {
 
 // Range-checked sizes. Throws std::invalid_argument naming the argument, its value and the limit:
 // every size fits in an int, as do batch * heads_q and seqlen_q + seqlen_k; heads_k >= 1 divides
-// heads_q; 1 <= head_dim <= 256. Batch and lengths may be 0.
+// heads_q; 1 <= head_dim, head_dim_v <= 256. Batch and lengths may be 0.
 AttentionShape make_shape(int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t heads_q,
-                          int64_t heads_k, int64_t head_dim);
+                          int64_t heads_k, int64_t head_dim, int64_t head_dim_v);
 
 // The window in the form that kernels take: a negative bound, or one that hides no key of any
 // query of this shape, becomes -1 (no bound), so what is left fits in an int.
@@ -70,8 +70,9 @@ std::string_view forced_family();
 void force_family(std::string_view name);
 std::string_view check_family(const char* what, std::string_view name);
 
-// Among the rows that can serve: the smallest head dim bucket, then the newest family, then the
-// lowest preference, then the first registered. row is null when there is none. Throws
+// Among the rows that can serve: the smallest sum of the head dim buckets of Q and V (the forward's
+// work, padding included), then the newest family, then the smaller bucket of Q, then the lowest
+// preference, then the first registered. row is null when there is none. Throws
 // std::invalid_argument when a grid would pass kMaxGrid.
 Plan make_plan(const Problem& problem, const DeviceLimits& device);
 

@@ -25,11 +25,12 @@ using ForwardLaunch = void (*)(const ForwardParams&, const LaunchConfig&, CUstre
 using BackwardLaunch = void (*)(const BackwardParams&, const LaunchConfig&, CUstream_st*);
 
 struct KernelRow {
-  std::string name;  // e.g. sm80_fwd_bf16_d128_128x64
+  std::string name;  // e.g. sm80_fwd_bf16_d128_128x64, sm90_fwd_bf16_d192_v128_128x128
   std::string family;
   Direction direction;
   DType dtype;
-  int head_dim;  // bucket: serves every head_dim <= this
+  int head_dim;    // bucket: serves every head_dim of Q and K <= this
+  int head_dim_v;  // likewise for V and the output
   int tile_m, tile_n;
   int threads;
   int smem_bytes;  // dynamic shared memory of one thread block

@@ -57,8 +57,8 @@ __device__ __forceinline__ void add_gradients(const KeyBlock<Traits>& keys,
 // B8: one of dK, dV, through the shared memory that held K, V.
 template <class Traits, class Tile, class Acc>
 __device__ __forceinline__ void write_key_gradient(const KeyBlock<Traits>& keys,
-                                                   const TensorView& view, Tile& staging,
-                                                   const Acc& acc, int thread) {
+                                                   const TensorView& view, int head_dim,
+                                                   Tile& staging, const Acc& acc, int thread) {
   using Element = typename Traits::Element;
   const AttentionShape& shape = keys.params.shape;
   store_accumulators<Element>(typename Traits::MmaKV{}, acc, staging, thread);
@@ -67,7 +67,7 @@ __device__ __forceinline__ void write_key_gradient(const KeyBlock<Traits>& keys,
       staging,
       global_tile<Element, Traits::kTileN, Traits::kHeadDim>(view, keys.coord.batch,
                                                              keys.coord.head, keys.key_begin),
-      thread, shape.seqlen_k - keys.key_begin, shape.head_dim);
+      thread, shape.seqlen_k - keys.key_begin, head_dim);
 }
 
 template <class Traits>
@@ -89,22 +89,22 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const auto tiles_of = [&](int step) {
     return BackwardTiles<Traits>(smem, step % kStages, step % Traits::kScoreBuffers);
   };
-  const auto load_keys = [&](const TensorView& view, auto& target) {
+  const auto load_keys = [&](const TensorView& view, int head_dim, auto& target) {
     load_tile<Element, kHeadDim, Traits::kThreads>(
         global_tile<Element, kTileN, kHeadDim>(view, keys.coord.batch, keys.coord.head,
                                                keys.key_begin),
-        target, thread, shape.seqlen_k - keys.key_begin, shape.head_dim);
+        target, thread, shape.seqlen_k - keys.key_begin, head_dim);
   };
   const auto load_queries = [&](const QueryStep& at, int step) {
     BackwardTiles<Traits> tiles = tiles_of(step);
     const int row_begin = at.block * kTileM;
-    const auto load = [&](const TensorView& view, auto& target) {
+    const auto load = [&](const TensorView& view, int head_dim, auto& target) {
       load_tile<Element, kHeadDim, Traits::kThreads>(
           global_tile<Element, kTileM, kHeadDim>(view, keys.coord.batch, at.head, row_begin),
-          target, thread, shape.seqlen_q - row_begin, shape.head_dim);
+          target, thread, shape.seqlen_q - row_begin, head_dim);
     };
-    load(params.q, tiles.q);
-    load(params.dout, tiles.dout);
+    load(params.q, shape.head_dim, tiles.q);
+    load(params.dout, shape.head_dim_v, tiles.dout);
   };
 
   typename Traits::MmaKV mma_kv;
@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   QueryStep previous = at;
   if (steps > 0) {
     BackwardTiles<Traits> tiles = tiles_of(0);
-    load_keys(params.k, tiles.k);
-    load_keys(params.v, tiles.v);
+    load_keys(params.k, shape.head_dim, tiles.k);
+    load_keys(params.v, shape.head_dim_v, tiles.v);
     load_queries(at, 0);
     cp_async_fence();
   }
@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   CUTE_UNROLL
   for (int i = 0; i < size(acc_dk); ++i) acc_dk(i) *= params.softmax_scale;
   BackwardTiles<Traits> tiles = tiles_of(0);
-  write_key_gradient(keys, params.dk, tiles.k, acc_dk, thread);
-  write_key_gradient(keys, params.dv, tiles.v, acc_dv, thread);
+  write_key_gradient(keys, params.dk, shape.head_dim, tiles.k, acc_dk, thread);
+  write_key_gradient(keys, params.dv, shape.head_dim_v, tiles.v, acc_dv, thread);
 }
 
 }  // namespace flash_attn2::sm80

@@ -24,6 +24,7 @@ template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, int kWarps_, 
 struct BackwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDim;  // V has Q's bucket
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
   static constexpr int kThreads = 32 * kWarps_;

@@ -16,6 +16,7 @@ template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, int kWarps_, 
 struct ForwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDim;  // V has Q's bucket
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
   static constexpr int kWarps = kWarps_;
@@ -100,7 +101,7 @@ __device__ __forceinline__ void write_output(const ForwardParams& params, const 
       smem_out,
       global_tile<Element, Traits::kTileM, Traits::kHeadDim>(params.out, tile.coord.batch,
                                                              tile.coord.head, tile.row_begin),
-      thread, rows, shape.head_dim);
+      thread, rows, shape.head_dim_v);
 }
 
 template <class Traits>
@@ -126,17 +127,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   };
 
   // Starts the load of key block `block`, (kTileN, kHeadDim), of K or V.
-  auto load_keys = [&](const TensorView& view, int block, auto target) {
+  auto load_keys = [&](const TensorView& view, int head_dim, int block, auto target) {
     const int key_begin = block * kTileN;
     load_tile<Element, kHeadDim, Traits::kThreads>(
         global_tile<Element, kTileN, kHeadDim>(view, tile.coord.batch, tile.head_k, key_begin),
-        target, thread, shape.seqlen_k - key_begin, shape.head_dim);
+        target, thread, shape.seqlen_k - key_begin, head_dim);
   };
   auto load_k = [&](int block, int stage) {
-    load_keys(params.k, block, tile_k(stage, typename Traits::SmemKV{}));
+    load_keys(params.k, shape.head_dim, block, tile_k(stage, typename Traits::SmemKV{}));
   };
   auto load_v = [&](int block, int stage) {
-    load_keys(params.v, block, tile_v(stage, typename Traits::SmemKV{}));
+    load_keys(params.v, shape.head_dim_v, block, tile_v(stage, typename Traits::SmemKV{}));
   };
 
   typename Traits::Mma mma;

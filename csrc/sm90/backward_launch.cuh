@@ -12,21 +12,21 @@ template <class Traits>
 BackwardArguments backward_arguments(const BackwardParams& params) {
   constexpr DType kDType = DTypeOf<typename Traits::Element>::kValue;
   const AttentionShape& shape = params.shape;
-  const auto queries = [&](const TensorView& view, int box_columns) {
-    return make_tensor_map(view, kDType, shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim,
+  const auto queries = [&](const TensorView& view, int columns, int box_columns) {
+    return make_tensor_map(view, kDType, shape.batch, shape.seqlen_q, shape.heads_q, columns,
                            Traits::kTileM, box_columns, params.k.ptr);
   };
-  const auto keys = [&](const TensorView& view, int box_rows, int box_columns) {
-    return make_tensor_map(view, kDType, shape.batch, shape.seqlen_k, shape.heads_k, shape.head_dim,
+  const auto keys = [&](const TensorView& view, int columns, int box_rows, int box_columns) {
+    return make_tensor_map(view, kDType, shape.batch, shape.seqlen_k, shape.heads_k, columns,
                            box_rows, box_columns, params.k.ptr);
   };
   BackwardArguments arguments;
-  arguments.q = queries(params.q, kBoxColumns<Traits::kHeadDim>);
-  arguments.k = keys(params.k, Traits::kTileN, Traits::kBoxK);
-  arguments.v = keys(params.v, Traits::kTileN, kBoxColumns<Traits::kHeadDimV>);
-  arguments.dout = queries(params.dout, kBoxColumns<Traits::kHeadDimV>);
-  arguments.dk = keys(params.dk, Traits::kKeys, Traits::kBoxK);
-  arguments.dv = keys(params.dv, Traits::kKeys, kBoxColumns<Traits::kHeadDimV>);
+  arguments.q = queries(params.q, shape.head_dim, kBoxColumns<Traits::kHeadDim>);
+  arguments.k = keys(params.k, shape.head_dim, Traits::kTileN, Traits::kBoxK);
+  arguments.v = keys(params.v, shape.head_dim_v, Traits::kTileN, kBoxColumns<Traits::kHeadDimV>);
+  arguments.dout = queries(params.dout, shape.head_dim_v, kBoxColumns<Traits::kHeadDimV>);
+  arguments.dk = keys(params.dk, shape.head_dim, Traits::kKeys, Traits::kBoxK);
+  arguments.dv = keys(params.dv, shape.head_dim_v, Traits::kKeys, kBoxColumns<Traits::kHeadDimV>);
   arguments.params = params;
   return arguments;
 }

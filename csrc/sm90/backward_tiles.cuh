@@ -7,13 +7,17 @@
 
 namespace flash_attn2::sm90 {
 
-template <class Element, int kHeadDim>
+template <class Element, int kHeadDim, int kHeadDimV = kHeadDim>
 struct BackwardTiles;
 
-// BackwardTraits: head_dim, tile_m, tile_n, what the consumers share
+// BackwardTraits: head_dim, tile_m, tile_n, what the consumers share, V's head_dim where it differs
 template <class Element>
 struct BackwardTiles<Element, 64> {
   using Rows = std::tuple<BackwardTraits<Element, 64, 128, 128, ConsumerSplit::kKeys>>;
+};
+template <class Element>
+struct BackwardTiles<Element, 64, 128> {
+  using Rows = std::tuple<BackwardTraits<Element, 64, 64, 128, ConsumerSplit::kKeys, 128>>;
 };
 template <class Element>
 struct BackwardTiles<Element, 96> {
@@ -22,6 +26,10 @@ struct BackwardTiles<Element, 96> {
 template <class Element>
 struct BackwardTiles<Element, 128> {
   using Rows = std::tuple<BackwardTraits<Element, 128, 64, 128, ConsumerSplit::kKeys>>;
+};
+template <class Element>
+struct BackwardTiles<Element, 192, 128> {
+  using Rows = std::tuple<BackwardTraits<Element, 192, 64, 64, ConsumerSplit::kRoles, 128>>;
 };
 template <class Element>
 struct BackwardTiles<Element, 192> {
@@ -33,10 +41,10 @@ struct BackwardTiles<Element, 256> {
 };
 
 // Adds one row of the table to the registry; one a file.
-template <class Element, int kHeadDim, int kRow>
+template <class Element, int kHeadDim, int kRow, int kHeadDimV = kHeadDim>
 struct RegisterBackward {
   RegisterBackward() {
-    using Rows = typename BackwardTiles<Element, kHeadDim>::Rows;
+    using Rows = typename BackwardTiles<Element, kHeadDim, kHeadDimV>::Rows;
     RegisterKernel(backward_row<std::tuple_element_t<kRow, Rows>>(kRow));
   }
 };

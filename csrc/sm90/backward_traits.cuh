@@ -15,11 +15,12 @@ enum class ConsumerSplit {
   kRoles,  // the same 64 keys, one makes P and dV, the other dS and dK, see backward_roles.cuh
 };
 
-template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, ConsumerSplit kSplit_>
+template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, ConsumerSplit kSplit_,
+          int kHeadDimV_ = kHeadDim_>
 struct BackwardTraits {
   using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kHeadDimV = kHeadDim_;
+  static constexpr int kHeadDim = kHeadDim_;    // of Q, K and their gradients
+  static constexpr int kHeadDimV = kHeadDimV_;  // of V, O and their gradients
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
   static constexpr bool kSplitKeys = kSplit_ == ConsumerSplit::kKeys;

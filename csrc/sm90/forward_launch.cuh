@@ -12,20 +12,21 @@ void launch_forward(const ForwardParams& params, const LaunchConfig& config, CUs
   if (config.grid == 0) return;  // an empty tensor has no map
   constexpr DType kDType = DTypeOf<typename Traits::Element>::kValue;
   const AttentionShape& shape = params.shape;
-  const auto queries = [&](const TensorView& view, int box_rows, int box_columns) {
-    return make_tensor_map(view, kDType, shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim,
+  const auto queries = [&](const TensorView& view, int columns, int box_rows, int box_columns) {
+    return make_tensor_map(view, kDType, shape.batch, shape.seqlen_q, shape.heads_q, columns,
                            box_rows, box_columns, params.out.ptr);
   };
-  const auto keys = [&](const TensorView& view, int box_columns) {
-    return make_tensor_map(view, kDType, shape.batch, shape.seqlen_k, shape.heads_k, shape.head_dim,
+  const auto keys = [&](const TensorView& view, int columns, int box_columns) {
+    return make_tensor_map(view, kDType, shape.batch, shape.seqlen_k, shape.heads_k, columns,
                            Traits::kTileN, box_columns, params.out.ptr);
   };
   ForwardArguments arguments;
   arguments.params = params;
-  arguments.q = queries(params.q, Traits::kGroupRows, kBoxColumns<Traits::kHeadDim>);
-  arguments.k = keys(params.k, kBoxColumns<Traits::kHeadDim>);
-  arguments.v = keys(params.v, kBoxColumns<Traits::kHeadDimV>);
-  arguments.out = queries(params.out, Traits::kWarpRows, kBoxColumns<Traits::kHeadDimV>);
+  constexpr int kBoxQ = kBoxColumns<Traits::kHeadDim>, kBoxV = kBoxColumns<Traits::kHeadDimV>;
+  arguments.q = queries(params.q, shape.head_dim, Traits::kGroupRows, kBoxQ);
+  arguments.k = keys(params.k, shape.head_dim, kBoxQ);
+  arguments.v = keys(params.v, shape.head_dim_v, kBoxV);
+  arguments.out = queries(params.out, shape.head_dim_v, Traits::kWarpRows, kBoxV);
   launch(forward_kernel<Traits>, config.grid, Traits::kThreads, config.smem_bytes, stream,
          arguments, "forward");
 }

@@ -56,7 +56,8 @@ def row_name(mangled: str) -> str:
     """The registry row's name of a main kernel; a readable name for any other entry.
 
     flash_attn2::sm80::forward_kernel<ForwardTraits<bfloat16_t, 128, 128, 64, ...>> is the row
-    sm80_fwd_bf16_d128_128x64: the traits name dtype, head dim, tile_m and tile_n in this order.
+    sm80_fwd_bf16_d128_128x64: the traits name dtype, head dim, tile_m and tile_n in this order, and
+    those of sm90 then V's head dim.
     Other kernels, such as the backward's pre- and post-processing, get family, function, dtype and
     their numbers: sm80 backward_convert_dq_kernel<fp16, 64>.
     """
@@ -70,7 +71,9 @@ def row_name(mangled: str) -> str:
     direction = {"forward_kernel": "fwd", "backward_kernel": "bwd"}.get(function)
     if direction and family and dtype and len(numbers) >= 3:
         head_dim, tile_m, tile_n = numbers[:3]
-        return f"{family}_{direction}_{dtype}_d{head_dim}_{tile_m}x{tile_n}"
+        head_dim_v = numbers[3] if family == "sm90" else head_dim
+        value = f"_v{head_dim_v}" if head_dim_v != head_dim else ""
+        return f"{family}_{direction}_{dtype}_d{head_dim}{value}_{tile_m}x{tile_n}"
     arguments = ", ".join(([dtype] if dtype else []) + numbers)
     return (f"{family} " if family else "") + function + (f"<{arguments}>" if arguments else "")
 

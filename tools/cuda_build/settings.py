@@ -96,7 +96,8 @@ def gencode_flags(archs: Sequence[str]) -> list[str]:
 class InstanceFilter:
     """Which kernel instance files to build; an empty tuple accepts all.
 
-    Instance files are called {family}/instances/{dtype}_d{head_dim}*.cu.
+    Instance files are called {family}/instances/{dtype}_d{head_dim}*.cu, where V's head dim differs
+    {dtype}_d{head_dim}_v{head_dim_v}*.cu. A head dim is that of Q: d192 accepts every V's.
     """
 
     dtypes: tuple[str, ...] = ()
