@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "../core/grid_dependency.cuh"
 #include "../core/launch.h"
 #include "../core/softmax.cuh"
 #include "../core/window.h"
@@ -16,6 +17,7 @@ constexpr int kChunk = 8;  // elements in 16 bytes
 
 struct PreprocessParams {
   BackwardParams backward;
+  int tile_m;
   int rows_rounded;      // seqlen_q rounded up to the tile
   int head_dim_rounded;  // floats of a row of the dQ accumulator
   int lanes;             // threads that share a row: a power of two, one 16-byte chunk of dO each
@@ -41,8 +43,10 @@ __device__ __forceinline__ float dot_chunk(const TensorView& a, const TensorView
 template <class Element>
 __global__ void __launch_bounds__(kThreads)
     backward_preprocess_kernel(const __grid_constant__ PreprocessParams params) {
+  let_next_kernel_start();
   const BackwardParams& bwd = params.backward;
   const AttentionShape& shape = bwd.shape;
+  if (bwd.ticket != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *bwd.ticket = 0;
   const int lane = threadIdx.x % params.lanes;
   const int64_t row_index =
       int64_t(blockIdx.x) * (kThreads / params.lanes) + threadIdx.x / params.lanes;
@@ -67,6 +71,9 @@ __global__ void __launch_bounds__(kThreads)
     dq[i] = make_float4(0.f, 0.f, 0.f, 0.f);
   }
   if (lane != 0) return;
+  if (bwd.dq_turn != nullptr && row % params.tile_m == 0) {
+    bwd.dq_turn[row_index / params.tile_m] = 0;
+  }
   // +inf makes P = exp2(S - L) vanish: for padding rows and for rows that see no key.
   float lse_log2 = INFINITY, delta = 0.f;
   if (valid) {
@@ -86,14 +93,16 @@ __global__ void __launch_bounds__(kThreads)
 void launch_backward_preprocess(const BackwardParams& params, DType dtype, int tile_m,
                                 int head_dim_rounded, CUstream_st* stream) {
   const AttentionShape& shape = params.shape;
-  PreprocessParams all{params, ceil_div(shape.seqlen_q, tile_m) * tile_m, head_dim_rounded, 1};
+  PreprocessParams all{params, tile_m, ceil_div(shape.seqlen_q, tile_m) * tile_m, head_dim_rounded,
+                       1};
   while (all.lanes * kChunk < shape.head_dim_v) all.lanes *= 2;
   const int64_t rows = int64_t(shape.batch) * shape.heads_q * all.rows_rounded;
   const int rows_per_block = kThreads / all.lanes;
   auto kernel = dtype == DType::kFloat16 ? backward_preprocess_kernel<cutlass::half_t>
                                          : backward_preprocess_kernel<cutlass::bfloat16_t>;
-  launch(kernel, (rows + rows_per_block - 1) / rows_per_block, kThreads, 0, stream, all,
-         "backward pre-process");
+  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
+  const int64_t least = params.ticket != nullptr ? 1 : 0;  // the ticket is there without rows, too
+  launch(kernel, blocks > least ? blocks : least, kThreads, 0, stream, all, "backward pre-process");
 }
 
 }  // namespace flash_attn2

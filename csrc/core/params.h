@@ -58,6 +58,8 @@ struct BackwardParams {
   float* dq_accum = nullptr;  // (batch, heads_q, seqlen_q_rounded, head_dim_rounded), tile order
   int* dq_turn = nullptr;     // (batch, heads_q, seqlen_q_rounded / tile_m); null: unordered adds
   int* ticket = nullptr;      // one counter that hands out column blocks when dq_turn is used
+
+  int turn_group = 1;  // key blocks of a head that take turns side by side, see turn_order.h
 };
 
 }  // namespace flash_attn2

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "../core/turn_order.h"
 #include "../plan/plan.h"
 #include "device.h"
 
@@ -101,6 +102,7 @@ py::dict plan_to_dict(const Problem& problem, const DeviceLimits& device) {
   result["smem_bytes"] = plan.launch.smem_bytes;
   result["workspace_bytes"] = plan.workspace.total;
   result["heads_per_group"] = plan.heads_per_group;
+  result["turn_group"] = plan.turn_group;
   result["window_left"] = problem.window.left;
   result["window_right"] = problem.window.right;
   result["description"] = describe(plan);
@@ -127,6 +129,28 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t seqlen_q, int
   problem.deterministic = deterministic;
   problem.family = family.empty() ? forced_family() : check_family("family", family);
   return plan_to_dict(problem, find_device(gpu));
+}
+
+// For every key block of one head its walk over query blocks: pairs (query block, turn).
+std::vector<std::vector<std::pair<int, int>>> turn_order(int64_t seqlen_q, int64_t seqlen_k,
+                                                         int64_t window_left, int64_t window_right,
+                                                         int tile_m, int tile_n, int group) {
+  BackwardParams params;
+  params.shape = make_shape(1, seqlen_q, seqlen_k, 1, 1, 64, 64);
+  params.window = make_window(window_left, window_right, params.shape);
+  params.turn_group = group;
+  const TurnOrder order(params, tile_m, tile_n);
+  std::vector<std::vector<std::pair<int, int>>> walks;
+  for (int key_block = 0; key_block * tile_n < seqlen_k; ++key_block) {
+    const BlockRange blocks = order.visible.query_blocks(key_block * tile_n, tile_m, tile_n);
+    walks.emplace_back();
+    int block = order.start(key_block, blocks);
+    for (int step = blocks.begin; step < blocks.end; ++step) {
+      walks.back().emplace_back(block, order.turn(key_block, block));
+      block = block + 1 == blocks.end ? blocks.begin : block + 1;
+    }
+  }
+  return walks;
 }
 
 std::string why_unusable_gpu(int arch, const std::string& archs) {
@@ -164,6 +188,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("why_unusable", &why_unusable_gpu, py::arg("arch"), py::arg("archs"),
         "The error that a GPU of that compute capability (90) gets from a build for `archs` "
         "(\"80;90a\"); empty where it runs.");
+  m.def("turn_order", &turn_order,
+        "The deterministic backward's order (csrc/core/turn_order.h) for one head: for every key "
+        "block the query blocks that it visits, in order, each with the number of key blocks that "
+        "add to its dQ before.",
+        py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
+        py::arg("tile_m"), py::arg("tile_n"), py::arg("group"));
   m.def(
       "force_family",
       [](const std::string& family) {

@@ -175,6 +175,15 @@ Workspace lay_out(const KernelRow& row, const Problem& problem) {
   return workspace;
 }
 
+// Key blocks of a head that take turns side by side: as many as run at a time, and so few that
+// their number times that of the query blocks fits in an int.
+int turn_group(const KernelRow& row, const AttentionShape& shape, const DeviceLimits& device) {
+  const int64_t query_blocks = std::max<int64_t>(ceil_div(shape.seqlen_q, row.tile_m), 1);
+  const int64_t most = std::min<int64_t>(device.sm_count, kMaxInt / query_blocks);
+  return static_cast<int>(
+      std::max<int64_t>(std::min(ceil_div(shape.seqlen_k, row.tile_n), most), 1));
+}
+
 }  // namespace
 
 AttentionShape make_shape(int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t heads_q,
@@ -256,6 +265,7 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
     plan.launch.grid =
         count_blocks("seqlen_k", shape.seqlen_k, row.tile_n, int64_t{shape.batch} * shape.heads_k);
     plan.workspace = lay_out(row, problem);
+    if (problem.deterministic) plan.turn_group = turn_group(row, shape, device);
   }
   return plan;
 }

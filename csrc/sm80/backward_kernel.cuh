@@ -11,7 +11,7 @@ namespace flash_attn2::sm80 {
 
 // The thread block's place in the grid. Where dQ is summed in a fixed order, blocks draw their
 // place from a counter instead: a block then only ever waits for blocks that have already started.
-__device__ __forceinline__ int64_t backward_index(const BackwardParams& params, int* drawn) {
+__device__ __forceinline__ unsigned backward_index(const BackwardParams& params, int* drawn) {
   if (params.ticket == nullptr) return blockIdx.x;
   if (threadIdx.x == 0) *drawn = atomicAdd(params.ticket, 1);
   __syncthreads();

@@ -107,7 +107,7 @@ struct KeyBlock {
   TileCoord coord;  // head: the KV head
   int key_begin;
 
-  __device__ __forceinline__ KeyBlock(const BackwardParams& params, int64_t index)
+  __device__ __forceinline__ KeyBlock(const BackwardParams& params, unsigned index)
       : params(params),
         visible(params.shape, params.window),
         coord(backward_tile(index, ceil_div(params.shape.seqlen_k, Traits::kTileN),

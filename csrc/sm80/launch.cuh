@@ -23,10 +23,6 @@ void launch_backward(const BackwardParams& params, const LaunchConfig& config,
       int64_t(shape.batch) * shape.heads_q * ceil_div(shape.seqlen_q, Traits::kTileM);
   launch_backward_preprocess(params, DTypeOf<typename Traits::Element>::kValue, Traits::kTileM,
                              Traits::kHeadDim, stream);
-  if (params.dq_turn != nullptr) {
-    check_cuda(cudaMemsetAsync(params.dq_turn, 0, row_blocks * sizeof(int), stream), "dq_turn");
-    check_cuda(cudaMemsetAsync(params.ticket, 0, sizeof(int), stream), "ticket");
-  }
   launch(backward_kernel<Traits>, config.grid, Traits::kThreads, config.smem_bytes, stream, params,
          "backward");
   launch(dq_postprocess_kernel<Traits>, row_blocks, Traits::kThreads,

@@ -23,12 +23,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(raw_smem);
   const BackwardParams& params = arguments.params;
   const bool ordered = params.dq_turn != nullptr;
+  let_next_kernel_start();
   if (threadIdx.x == 0) {
     smem.barriers.init();
-    if (ordered) smem.index = atomicAdd(params.ticket, 1);
+    if (ordered) {
+      wait_for_previous_kernel();  // which zeroes the counter
+      smem.index = atomicAdd(params.ticket, 1);
+    }
   }
   __syncthreads();
-  const int64_t index = ordered ? smem.index : blockIdx.x;
+  const unsigned index = ordered ? smem.index : blockIdx.x;
   const int group = cutlass::canonical_warp_group_idx();
   // The work is made after setmaxnreg, so that it takes registers of the new share.
   if (group == 0) {

@@ -55,7 +55,7 @@ struct KeysConsumer : BackwardConsumer<Traits> {
     CUTE_NO_UNROLL
     for (int step = 1; step < work.steps; ++step) {
       const QueryStep last = at;
-      at = at.next(work.blocks);
+      at = at.next(work);
       take<false>(step, last, at);
     }
     AccDq acc_dq;

@@ -39,16 +39,12 @@ void launch_backward(const BackwardParams& params, const LaunchConfig& config,
       int64_t(shape.batch) * shape.heads_q * ceil_div(shape.seqlen_q, Traits::kTileM);
   launch_backward_preprocess(params, DTypeOf<typename Traits::Element>::kValue, Traits::kTileM,
                              Traits::kHeadDim, stream);
-  if (params.dq_turn != nullptr) {
-    check_cuda(cudaMemsetAsync(params.dq_turn, 0, row_blocks * sizeof(int), stream), "dq_turn");
-    check_cuda(cudaMemsetAsync(params.ticket, 0, sizeof(int), stream), "ticket");
-  }
   if (config.grid > 0) {  // tensor maps need a key
     launch(backward_kernel<Traits>, config.grid, Traits::kThreads, config.smem_bytes, stream,
-           backward_arguments<Traits>(params), "backward");
+           backward_arguments<Traits>(params), "backward", Start::kWithPrevious);
   }
   launch(dq_postprocess_kernel<Traits>, row_blocks, kPostprocessThreads, 0, stream, params,
-         "dQ post-process");
+         "dQ post-process", Start::kWithPrevious);
 }
 
 template <class Traits>

@@ -2,6 +2,7 @@
 // that keeps the turns.
 #pragma once
 
+#include "../core/grid_dependency.cuh"
 #include "backward_traits.cuh"
 
 namespace flash_attn2::sm90 {
@@ -53,15 +54,18 @@ struct BackwardProducer {
   }
 
   __device__ __forceinline__ void run() const {
+    if (work.steps > 0) {
+      load_k();  // in the order in which the consumers want them
+      load_v();
+    }
+    wait_for_previous_kernel();  // which makes L and D, and zeroes dQ
     if (work.steps == 0) return;
     QueryStep at = QueryStep::first(work);
-    load_k();  // in the order in which the consumers want them
     load_q(at, 0);
-    load_v();
     load_dout(at, 0);
     CUTE_NO_UNROLL
     for (int step = 1; step < work.steps; ++step) {
-      at = at.next(work.blocks);
+      at = at.next(work);
       const Ring<Traits::kStages> ring{uint32_t(step)};
       smem.barriers.q_empty[ring.stage()].wait(ring.parity() ^ 1);
       load_q(at, ring.stage());
@@ -70,26 +74,25 @@ struct BackwardProducer {
     }
   }
 
-  // Deterministic mode: key blocks add to a dQ tile one after the other, in the order of the keys;
-  // the tile's counter is the number of those that have. The fence, which waits for the adds to
-  // arrive, and the polling are here so that the consumers never stall for them.
+  // Deterministic mode: key blocks add to a dQ tile one after the other (turn_order.h); the tile's
+  // counter is the number of those that have. The fence, which waits for the adds to arrive, and
+  // the polling are here so that the consumers never stall for them.
   __device__ __forceinline__ void keep_turns() const {
     const BackwardParams& params = arguments.params;
-    const VisibleKeys visible(params.shape, params.window);
+    const TurnOrder order(params, Traits::kTileM, Traits::kTileN);
     QueryStep at = QueryStep::first(work);
     CUTE_NO_UNROLL
-    for (int step = 0; step < work.steps; ++step, at = at.next(work.blocks)) {
-      const int first =
-          visible.key_blocks(at.block * Traits::kTileM, Traits::kTileM, Traits::kTileN).begin;
+    for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
+      const int turn = order.turn(work.coord.block, at.block);
       int* added = params.dq_turn + query_tile<Traits>(params, work.coord.batch, at);
       int count;
       do {
         asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(count) : "l"(added) : "memory");
-      } while (count != work.coord.block - first);
+      } while (count != turn);
       smem.barriers.turn_come.arrive();
       smem.barriers.turn_used.wait(step & 1);
       __threadfence();
-      asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(added), "r"(count + 1) : "memory");
+      asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(added), "r"(turn + 1) : "memory");
     }
   }
 };

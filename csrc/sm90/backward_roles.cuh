@@ -89,7 +89,7 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
     finish_scores(0, at, acc);
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps - 1; ++step) {
-      const QueryStep next = at.next(work.blocks);
+      const QueryStep next = at.next(work);
       take<false>(step, at, next, acc);
       at = next;
     }
@@ -148,7 +148,7 @@ struct GradientConsumer : RoleConsumer<Traits> {
     this->start_dp(0, acc);
     finish_gemm<0>(acc);
     CUTE_NO_UNROLL
-    for (int step = 0; step < work.steps - 1; ++step, at = at.next(work.blocks)) {
+    for (int step = 0; step < work.steps - 1; ++step, at = at.next(work)) {
       take<false>(step, at, acc);
     }
     take<true>(work.steps - 1, at, acc);

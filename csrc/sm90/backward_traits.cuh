@@ -4,6 +4,7 @@
 #include "../core/mask.cuh"
 #include "../core/schedule.cuh"
 #include "../core/softmax.cuh"
+#include "../core/turn_order.h"
 #include "backward_barriers.h"
 #include "gemm.cuh"
 
@@ -83,8 +84,9 @@ struct BackwardWork {
   int group;  // query heads of the KV head
   BlockRange blocks;
   int steps, key_begin;
+  int start, direction;  // of the walk over the query blocks of a head, see QueryStep
 
-  __device__ __forceinline__ BackwardWork(const BackwardParams& params, int64_t index)
+  __device__ __forceinline__ BackwardWork(const BackwardParams& params, unsigned index)
       : coord(backward_tile(index, ceil_div(params.shape.seqlen_k, Traits::kTileN),
                             params.shape.heads_k)),
         group(params.shape.heads_q / params.shape.heads_k),
@@ -92,22 +94,31 @@ struct BackwardWork {
     blocks = VisibleKeys(params.shape, params.window)
                  .query_blocks(key_begin, Traits::kTileM, Traits::kTileN);
     steps = group * max(blocks.end - blocks.begin, 0);
+    start = blocks.end - 1;
+    direction = -1;
+    if (params.dq_turn != nullptr) {
+      start = TurnOrder(params, Traits::kTileM, Traits::kTileN).start(coord.block, blocks);
+      direction = 1;
+    }
   }
 };
 
-// A step of the walk: the query blocks of the group's first head, last block first, then of the
-// next head. Backwards, because thread blocks start in the order of their keys: under a causal
-// mask or a window, where turns count (deterministic mode), a later key block then meets a query
-// block later, so it finds the earlier ones gone.
+// A step of the walk: all query blocks of the group's first head, then those of the next head.
+// Usually last block first, so that the key blocks of a head read the same Q and dO at a time; in
+// deterministic mode from `start` on upwards and around (core/turn_order.h).
 struct QueryStep {
   int head, block;
 
   template <class Traits>
   __device__ __forceinline__ static QueryStep first(const BackwardWork<Traits>& work) {
-    return {work.coord.head * work.group, work.blocks.end - 1};
+    return {work.coord.head * work.group, work.start};
   }
-  __device__ __forceinline__ QueryStep next(const BlockRange& blocks) const {
-    return block > blocks.begin ? QueryStep{head, block - 1} : QueryStep{head + 1, blocks.end - 1};
+  template <class Traits>
+  __device__ __forceinline__ QueryStep next(const BackwardWork<Traits>& work) const {
+    int after = block + work.direction;
+    if (after == work.blocks.end) after = work.blocks.begin;
+    if (after < work.blocks.begin) after = work.blocks.end - 1;
+    return {head + (after == work.start ? 1 : 0), after};
   }
 };
 

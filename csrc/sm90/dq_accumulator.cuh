@@ -1,18 +1,19 @@
 // The fp32 dQ accumulator in global memory that key blocks share (steps B7 and B8).
 //
 // It is private to the backward, so a (kTileM, kHeadDim) tile lies in the order in which threads
-// hold its accumulators: value group i of thread t of consumer c is at ((c * groups + i) * 128 + t)
-// * 4. A warp adds to whole cache lines.
+// hold its accumulators: value group i of thread t in part p (BackwardTraits::kDqParts of each
+// consumer) is at ((p * groups + i) * 128 + t) * 4. A warp adds to whole cache lines.
 #pragma once
 
+#include "../core/grid_dependency.cuh"
 #include "backward_traits.cuh"
 
 namespace flash_attn2::sm90 {
 
 template <class Acc>
-__device__ __forceinline__ void add_to_dq(float* tile, const Acc& acc, int consumer) {
+__device__ __forceinline__ void add_to_dq(float* tile, const Acc& acc, int part) {
   float* target =
-      tile + (consumer * int(size(acc)) * kWarpGroupThreads + threadIdx.x % kWarpGroupThreads * 4);
+      tile + (part * int(size(acc)) * kWarpGroupThreads + threadIdx.x % kWarpGroupThreads * 4);
   CUTE_UNROLL
   for (int i = 0; i < size(acc); i += 4) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
@@ -31,7 +32,7 @@ template <class Traits>
 __global__ void __launch_bounds__(kPostprocessThreads)
     dq_postprocess_kernel(const __grid_constant__ BackwardParams params) {
   using Element = typename Traits::Element;
-  constexpr int kChunks = Traits::kDqColumns / 8;  // of one consumer's part
+  constexpr int kChunks = Traits::kDqColumns / 8;  // of one part
   const AttentionShape& shape = params.shape;
   const int row_blocks = ceil_div(shape.seqlen_q, Traits::kTileM);
   const int64_t tile = blockIdx.x;
@@ -42,12 +43,13 @@ __global__ void __launch_bounds__(kPostprocessThreads)
   Element* target = static_cast<Element*>(params.dq.ptr) +
                     head_row / shape.heads_q * params.dq.batch_stride +
                     head_row % shape.heads_q * params.dq.head_stride;
+  wait_for_previous_kernel();
   for (int i = threadIdx.x; i < Traits::kDqElements / 16; i += kPostprocessThreads) {
-    // (chunk of 8 columns, row r of 32: rows 16 * (r / 8) + r % 8 and 8 more, consumer)
-    const int chunk = i % kChunks, r = i / kChunks % 32, consumer = i / (kChunks * 32);
-    const float4* group = source + ((consumer * kChunks + chunk) * 32 + r) * 4;
-    const int row = row_begin + r / 8 * 16 + r % 8 + (Traits::kSplitDqRows ? consumer * 64 : 0);
-    const int column = chunk * 8 + (Traits::kSplitDqRows ? 0 : consumer * Traits::kDqColumns);
+    // (chunk of 8 columns, row r of 32: rows 16 * (r / 8) + r % 8 and 8 more, part)
+    const int chunk = i % kChunks, r = i / kChunks % 32, part = i / (kChunks * 32);
+    const float4* group = source + ((part * kChunks + chunk) * 32 + r) * 4;
+    const int row = row_begin + r / 8 * 16 + r % 8 + (Traits::kSplitDqRows ? part * 64 : 0);
+    const int column = chunk * 8 + (Traits::kSplitDqRows ? 0 : part * Traits::kDqColumns);
     alignas(16) Element rows[2][8];
     CUTE_UNROLL
     for (int j = 0; j < 4; ++j) {

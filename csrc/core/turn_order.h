@@ -1,0 +1,67 @@
+// Deterministic mode: the order in which key blocks add to a query block's dQ, and the walks over
+// the query blocks that let them do so without waiting. Plain integers, shared by host tests and
+// kernels.
+//
+// The key blocks of a head are taken in groups of `group` neighbours, which run side by side: the
+// plan makes a group no larger than the GPU has room for at a time. Groups add in the order of the
+// keys. Inside a group the order is that in which the walks arrive:
+//
+//   - under a mask, each key block walks upwards from the first query block that sees it. A later
+//     key block starts at a later query block, so it arrives first where they meet;
+//   - without a mask, the walks start evenly spread over the query blocks and go around: block r of
+//     the group's n starts floor(r m / n) of m query blocks before the end.
+//
+// A block waits only for blocks of earlier groups, or for steps of its own group that come earlier
+// (by head, step and r, or by the order of the keys), so none waits for itself in a circle.
+#pragma once
+
+#include "window.h"
+
+namespace flash_attn2 {
+
+struct TurnOrder {
+  VisibleKeys visible;
+  int tile_m, tile_n, group;
+
+  FLASH_ATTN2_HOST_DEVICE TurnOrder(const BackwardParams& params, int tile_m, int tile_n)
+      : visible(params.shape, params.window),
+        tile_m(tile_m),
+        tile_n(tile_n),
+        group(params.turn_group) {}
+
+  FLASH_ATTN2_HOST_DEVICE bool goes_around() const { return visible.left < 0 && visible.right < 0; }
+
+  // Key blocks of the group that `key_block` is in.
+  FLASH_ATTN2_HOST_DEVICE BlockRange group_of(int key_block) const {
+    const int key_blocks = ceil_div(visible.seqlen_k, tile_n);
+    const int begin = key_block / group * group;
+    return {begin, begin + group < key_blocks ? begin + group : key_blocks};
+  }
+
+  // Where the walk of `key_block` over the query blocks that see it starts.
+  FLASH_ATTN2_HOST_DEVICE int start(int key_block, const BlockRange& query_blocks) const {
+    if (!goes_around()) return query_blocks.begin;
+    const BlockRange members = group_of(key_block);
+    const unsigned count = members.end - members.begin, r = key_block - members.begin;
+    const int ahead = r * query_blocks.end / count;  // no overflow, see the plan
+    return ahead == 0 ? 0 : query_blocks.end - ahead;
+  }
+
+  // How many key blocks add to the dQ of `query_block` before `key_block`.
+  FLASH_ATTN2_HOST_DEVICE int turn(int key_block, int query_block) const {
+    const BlockRange members = group_of(key_block);
+    if (!goes_around()) {
+      const BlockRange keys = visible.key_blocks(query_block * tile_m, tile_m, tile_n);
+      const int begin = members.begin > keys.begin ? members.begin : keys.begin;
+      const int end = members.end < keys.end ? members.end : keys.end;
+      return (begin - keys.begin) + (end - 1 - key_block);
+    }
+    // The walks that go around before they arrive are first, in the order of the keys.
+    const int count = members.end - members.begin, r = key_block - members.begin;
+    const unsigned blocks = ceil_div(visible.seqlen_q, tile_m);
+    const int first = ((blocks - query_block) * count + blocks - 1) / blocks;
+    return members.begin + (r >= first ? r - first : r + count - first);
+  }
+};
+
+}  // namespace flash_attn2
