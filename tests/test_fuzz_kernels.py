@@ -57,6 +57,8 @@ def test_draws_cover_what_they_should():
     for low, high in zip((0, *BUCKETS), BUCKETS, strict=False):
         assert sum(low < one.head_dim <= high for one in DRAWS) > 100
     assert any(one.head_dim % 8 for one in DRAWS)
+    assert any(one.head_dim > one.head_dim_v for one in DRAWS)
+    assert any(one.head_dim < one.head_dim_v for one in DRAWS)
     lengths = {one.seqlen_q for one in DRAWS}
     assert lengths >= {0, 1, *(rows + i for rows in TILE_ROWS for i in (-1, 0, 1))}
     assert {one.seqlen_k for one in DRAWS} >= {0, 1}
@@ -88,11 +90,17 @@ def test_problems_fit_in_memory():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
     one = next(
-        d for d in DRAWS if d.layout == layout and min(d.seqlen_q, d.seqlen_k, d.heads_k) > 1
+        d
+        for d in DRAWS
+        if d.layout == layout
+        and min(d.seqlen_q, d.seqlen_k, d.heads_k) > 1
+        and (layout != "fused" or d.head_dim == d.head_dim_v)
     )
     inputs = fuzz_kernels.make_inputs(one, CPU)
     assert inputs.q.shape == (one.batch, one.seqlen_q, one.heads_q, one.head_dim)
     assert inputs.k.shape == (one.batch, one.seqlen_k, one.heads_k, one.head_dim)
+    assert inputs.v.shape == (one.batch, one.seqlen_k, one.heads_k, one.head_dim_v)
+    assert inputs.dout.shape == (one.batch, one.seqlen_q, one.heads_q, one.head_dim_v)
     assert all(x.isfinite().all() and x.is_leaf for x in inputs)
     assert inputs.v.is_contiguous() == (layout == "contiguous")
 
@@ -149,24 +157,25 @@ def options(*arguments: str):
 def test_a_build_is_asked_for_what_it_has(monkeypatch):
     """A filtered build, on a GPU that runs both families."""
     rows = [
-        {"family": family, "dtype": dtype, "head_dim": head_dim}
-        for family, dtype, head_dim in (
-            ("sm80", "float16", 64),
-            ("sm90", "bfloat16", 64),
-            ("sm90", "bfloat16", 128),
+        {"family": family, "dtype": dtype, "head_dim": head_dim, "head_dim_v": head_dim_v}
+        for family, dtype, head_dim, head_dim_v in (
+            ("sm80", "float16", 64, 64),
+            ("sm90", "bfloat16", 64, 64),
+            ("sm90", "bfloat16", 128, 96),
         )
     ]
     monkeypatch.setattr(fuzz_kernels, "families_of_gpu", lambda: ["sm80", "sm90"])
     monkeypatch.setattr(fuzz_kernels, "list_kernels", lambda: rows)
     sm80, sm90 = fuzz_kernels.find_targets(torch.device("cuda"), None)
     assert (sm80.name, sm90.name) == ("sm80", "sm90")
-    for dtype, head_dim, served in (
-        ("float16", 64, (True, False)),
-        ("float16", 65, (False, False)),
-        ("bfloat16", 128, (False, True)),
-        ("bfloat16", 129, (False, False)),
+    for dtype, head_dim, head_dim_v, served in (
+        ("float16", 64, 64, (True, False)),
+        ("float16", 65, 64, (False, False)),
+        ("bfloat16", 128, 96, (False, True)),
+        ("bfloat16", 128, 97, (False, False)),
+        ("bfloat16", 129, 96, (False, False)),
     ):
-        one = dataclasses.replace(DRAWS[0], dtype=dtype, head_dim=head_dim)
+        one = dataclasses.replace(DRAWS[0], dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v)
         assert (sm80.serves(one), sm90.serves(one)) == served
     (only,) = fuzz_kernels.find_targets(torch.device("cuda"), ["sm90"])
     assert only.name == "sm90"

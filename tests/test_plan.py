@@ -332,6 +332,14 @@ def test_heads_per_group_fills_half_of_the_cache():
     assert group_for(16384, batch=2, heads_q=16, heads_k=16, head_dim_v=32) == 8
 
 
+def persistent_group(**sizes) -> int:
+    """heads_per_group of a persistent forward at head dim 64 and 2 batches."""
+    plan = plan_for("forward", head_dim=64, batch=2, **sizes)
+    if not is_persistent(plan):
+        pytest.skip("no persistent kernel in this build")
+    return plan["heads_per_group"]
+
+
 @pytest.mark.parametrize(
     "heads_q, heads_k, expected",
     [(8, 8, 16), (32, 32, 16), (20, 20, 14), (33, 33, 14), (32, 8, 16)],
@@ -339,13 +347,22 @@ def test_heads_per_group_fills_half_of_the_cache():
 def test_a_persistent_grid_takes_16_heads_or_more_in_groups_of_nearly_one_size(
     heads_q, heads_k, expected
 ):
-    # 2 batches; K and V of one head take 32 MiB, so none but these 16 would go together.
-    plan = plan_for(
-        "forward", seqlen_k=131072, head_dim=64, batch=2, heads_q=heads_q, heads_k=heads_k
-    )
-    if not is_persistent(plan):
-        pytest.skip("no persistent kernel in this build")
-    assert plan["heads_per_group"] == expected
+    # K and V of one head take 32 MiB, so none but these 16 would go together.
+    heads = {"heads_q": heads_q, "heads_k": heads_k}
+    assert persistent_group(seqlen_q=131072, seqlen_k=131072, window_right=0, **heads) == expected
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"seqlen_q": 131072, "seqlen_k": 131072},
+        {"seqlen_q": 131072, "seqlen_k": 131072, "window_left": 4096, "window_right": 0},
+        {"seqlen_q": 2048, "seqlen_k": 2048, "window_right": 0},
+    ],
+    ids=["no mask", "window", "few tiles"],
+)
+def test_a_persistent_grid_goes_head_by_head_where_that_comes_out_even(sizes):
+    assert persistent_group(heads_q=16, heads_k=16, **sizes) == 1
 
 
 @needs_sm80

@@ -63,7 +63,8 @@ class Draw:
     seqlen_k: int
     heads_q: int
     heads_k: int
-    head_dim: int
+    head_dim: int  # of q and k
+    head_dim_v: int
     causal: bool
     window_size: tuple[int, int]
     softmax_scale: float | None
@@ -133,6 +134,7 @@ def draw(seed: int, index: int) -> Draw:
         sizes[largest] = (sizes[largest] + 1) // 2
     batch, heads_k, group = sizes
     head_dim = draw_head_dim(rng)
+    head_dim_v = head_dim if rng.random() < 0.7 else draw_head_dim(rng)
     causal, window_size = draw_mask(rng)
     return Draw(
         seed=seed,
@@ -144,6 +146,7 @@ def draw(seed: int, index: int) -> Draw:
         heads_q=heads_k * group,
         heads_k=heads_k,
         head_dim=head_dim,
+        head_dim_v=head_dim_v,
         causal=causal,
         window_size=window_size,
         softmax_scale=draw_scale(rng, head_dim),
@@ -155,37 +158,34 @@ def draw(seed: int, index: int) -> Draw:
 
 
 def make_inputs(draw: Draw, device: torch.device) -> Inputs:
-    """Standard normal tensors in the draw's layout."""
+    """Standard normal tensors in the draw's layout ("fused" needs one head dim)."""
     torch.manual_seed(draw.values)
     dtype, layout = getattr(torch, draw.dtype), draw.layout
-    b, d = draw.batch, draw.head_dim
+    b, d, dv = draw.batch, draw.head_dim, draw.head_dim_v
 
-    def normal(seqlen: int, heads: int) -> Tensor:
+    def normal(seqlen: int, heads: int, columns: int) -> Tensor:
         if layout == "heads first":
-            shape = (b, heads, seqlen, d)
+            shape = (b, heads, seqlen, columns)
             return torch.randn(shape, dtype=dtype, device=device).transpose(1, 2)
         if layout == "cut out":  # of NaN, which a kernel must not read
-            shape = (b, seqlen + 2, heads, d + 16)
+            shape = (b, seqlen + 2, heads, columns + 16)
             around = torch.full(shape, math.nan, dtype=dtype, device=device)
             return around[:, 1:-1, :, 8:-8].normal_()
-        return torch.randn((b, seqlen, heads, d), dtype=dtype, device=device)
+        return torch.randn((b, seqlen, heads, columns), dtype=dtype, device=device)
 
     heads_q, heads_k = draw.heads_q, draw.heads_k
-    if layout != "fused":
-        q, k, v = (normal(*size) for size in _sizes(draw))
+    if layout != "fused" or d != dv:
+        q = normal(draw.seqlen_q, heads_q, d)
+        k, v = normal(draw.seqlen_k, heads_k, d), normal(draw.seqlen_k, heads_k, dv)
     elif draw.seqlen_q == draw.seqlen_k:
-        q, k, v = normal(draw.seqlen_k, heads_q + 2 * heads_k).split((heads_q, heads_k, heads_k), 2)
+        qkv = normal(draw.seqlen_k, heads_q + 2 * heads_k, d)
+        q, k, v = qkv.split((heads_q, heads_k, heads_k), 2)
     else:
-        q = normal(draw.seqlen_q, heads_q)
-        k, v = normal(draw.seqlen_k, 2 * heads_k).split(heads_k, 2)
-    dout = normal(draw.seqlen_q, heads_q)
+        q = normal(draw.seqlen_q, heads_q, d)
+        k, v = normal(draw.seqlen_k, 2 * heads_k, d).split(heads_k, 2)
+    dout = normal(draw.seqlen_q, heads_q, dv)
     dlse = torch.randn((b, heads_q, draw.seqlen_q), device=device)
     return Inputs(*(x.detach().requires_grad_() for x in (q, k, v)), dout, dlse)
-
-
-def _sizes(draw: Draw) -> list[tuple[int, int]]:
-    keys = (draw.seqlen_k, draw.heads_k)
-    return [(draw.seqlen_q, draw.heads_q), keys, keys]
 
 
 # What is tested, and what it is compared with -----------------------------------------------------
@@ -236,7 +236,7 @@ def expected(draw: Draw, inputs: Inputs) -> dict[str, tuple[Tensor, Tensor]]:
         return x.unflatten(1, (-1, group)).sum(2)
 
     def bound(rounded2, result, seen):
-        own = row2(result) + draw.head_dim * tiny2
+        own = row2(result) + result.shape[-1] * tiny2
         return torch.where(seen, 4 * unit * (rounded2 + own)[..., 0].sqrt(), 0.0)
 
     s = (scale * (q @ k.mT)).masked_fill(hidden, -math.inf)
@@ -333,15 +333,19 @@ def find_targets(device: torch.device, wanted: list[str] | None) -> list[Target]
 
 def _family_target(family: str) -> Target:
     """A build may have been filtered: it serves the dtypes and head dims that it has kernels of."""
-    largest: dict[str, int] = {}
-    for row in list_kernels():
-        if row["family"] == family:
-            largest[row["dtype"]] = max(largest.get(row["dtype"], 0), row["head_dim"])
-    return Target(
-        family,
-        lambda: forced_family(family),
-        lambda draw: draw.head_dim <= largest.get(draw.dtype, 0),
-    )
+    buckets = [
+        (row["dtype"], row["head_dim"], row["head_dim_v"])
+        for row in list_kernels()
+        if row["family"] == family
+    ]
+
+    def serves(draw: Draw) -> bool:
+        return any(
+            draw.dtype == dtype and draw.head_dim <= d and draw.head_dim_v <= dv
+            for dtype, d, dv in buckets
+        )
+
+    return Target(family, lambda: forced_family(family), serves)
 
 
 def try_draw(draw: Draw, targets: list[Target], device: torch.device) -> Iterator[tuple]:

@@ -1,0 +1,102 @@
+"""The order in which key blocks add to dQ in deterministic mode (csrc/core/turn_order.h)."""
+
+import random
+
+import pytest
+
+from flash_attn2 import ops
+
+if ops.EXTENSION is None:
+    pytest.skip("flash_attn2._C is not built", allow_module_level=True)
+
+MASKS = {
+    "full": lambda rng, sq, sk: (-1, -1),
+    "causal": lambda rng, sq, sk: (-1, 0),
+    "window": lambda rng, sq, sk: (rng.randrange(sk), rng.randrange(sq)),
+    "left": lambda rng, sq, sk: (rng.randrange(sk), -1),
+}
+
+
+def draw_walks(rng: random.Random, mask: str) -> tuple[list, int]:
+    """The walks of a random problem, and the size of its groups."""
+    seqlen_q, seqlen_k, group = rng.randint(1, 2000), rng.randint(1, 2000), rng.randint(1, 20)
+    left, right = MASKS[mask](rng, seqlen_q, seqlen_k)
+    tile_m, tile_n = rng.choice((64, 128)), rng.choice((64, 128))
+    walks = ops.EXTENSION.turn_order(seqlen_q, seqlen_k, left, right, tile_m, tile_n, group)
+    return walks, group
+
+
+def rounds_to_finish(walks: list, resident: int) -> int | None:
+    """Rounds until every walk is done; None when nobody can go on.
+
+    Key blocks start in their order, ``resident`` of them at a time, as on a GPU with that much
+    room; in a round each takes one step if its turn has come.
+    """
+    counts, places, waiting, running = {}, [0] * len(walks), list(range(len(walks))), []
+    rounds = 0
+    while waiting or running:
+        while waiting and len(running) < resident:
+            running.append(waiting.pop(0))
+        steps = [
+            (key_block, walks[key_block][places[key_block]][0])
+            for key_block in running
+            if places[key_block] < len(walks[key_block])
+            and counts.get(walks[key_block][places[key_block]][0], 0)
+            == walks[key_block][places[key_block]][1]
+        ]
+        for key_block, query_block in steps:
+            counts[query_block] = counts.get(query_block, 0) + 1
+            places[key_block] += 1
+        before = len(running)
+        running = [n for n in running if places[n] < len(walks[n])]
+        if not steps and len(running) == before:
+            return None
+        rounds += 1
+    return rounds
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_key_block_has_one_turn_at_each_query_block_it_visits(mask, seed):
+    rng = random.Random(seed)
+    for _ in range(200):
+        walks, _ = draw_walks(rng, mask)
+        turns = {}
+        for walk in walks:
+            assert len({query_block for query_block, _ in walk}) == len(walk)
+            for query_block, turn in walk:
+                turns.setdefault(query_block, []).append(turn)
+        for taken in turns.values():
+            assert sorted(taken) == list(range(len(taken)))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_walks_end_where_as_many_blocks_run_as_a_group_has(mask, seed):
+    rng = random.Random(seed)
+    for _ in range(100):
+        walks, group = draw_walks(rng, mask)
+        assert rounds_to_finish(walks, group) is not None
+
+
+@pytest.mark.parametrize("left, right", [(-1, -1), (-1, 0), (512, 0)])
+@pytest.mark.parametrize("tile_m", [64, 128])
+def test_nobody_waits_where_all_run_side_by_side(left, right, tile_m):
+    walks = ops.EXTENSION.turn_order(4096, 4096, left, right, tile_m, 128, 32)
+    assert len(walks) == 32
+    assert rounds_to_finish(walks, 32) <= max(map(len, walks)) + 1
+
+
+def test_the_plan_makes_groups_that_run_side_by_side():
+    def turn_group(seqlen_q, seqlen_k, deterministic=True):
+        plan = ops.EXTENSION.plan(
+            "backward", 1, seqlen_q, seqlen_k, 4, 4, 128, 128, deterministic=deterministic
+        )
+        if plan["kernel"] is None:
+            pytest.skip("no kernel for head_dim 128 in this build")
+        return plan["turn_group"], plan["tile_n"]
+
+    group, tile_n = turn_group(512, 1024)
+    assert group == 1024 // tile_n
+    assert turn_group(512, 2**20)[0] == 132  # an H200's multiprocessors
+    assert turn_group(2**30, 2**20)[0] == (2**31 - 1) // (2**30 // 64)  # their product fits
+    assert turn_group(512, 0)[0] == 1
+    assert turn_group(512, 1024, deterministic=False)[0] == 1
