@@ -362,7 +362,11 @@ def test_a_persistent_grid_takes_16_heads_or_more_in_groups_of_nearly_one_size(
     ids=["no mask", "window", "few tiles"],
 )
 def test_a_persistent_grid_goes_head_by_head_where_that_comes_out_even(sizes):
-    assert persistent_group(heads_q=16, heads_k=16, **sizes) == 1
+    assert persistent_group(heads_q=64, heads_k=16, **sizes) == 1
+
+
+def test_a_persistent_grid_takes_all_heads_together_where_tiles_are_few():
+    assert persistent_group(seqlen_q=512, seqlen_k=512, window_right=0, heads_q=16, heads_k=4) == 32
 
 
 @needs_sm80

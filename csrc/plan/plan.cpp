@@ -16,7 +16,8 @@ constexpr int64_t kWorkspaceAlignment = 256;
 constexpr int64_t kBytesPerElement = 2;  // fp16 and bf16
 // See heads_of_persistent_group.
 constexpr int64_t kPersistentHeads = 16;
-constexpr int64_t kPersistentTiles = 32;
+constexpr int64_t kMostTilesOfHead = 32;
+constexpr int64_t kManyRounds = 7;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -136,17 +137,21 @@ int heads_that_share_l2(const AttentionShape& shape, int64_t l2_bytes) {
 }
 
 // The same for a persistent grid, whose tiles are shared out beforehand. Head by head, the thread
-// blocks that run at a time read the same K and V, which halves what L2 has to deliver. With many
-// tiles of different lengths a head, that leaves thread blocks idle at the end: groups of about 16
-// heads, of nearly equal size, come out even, and are still few enough for all thread blocks of one
-// head to take turns with what one of them read.
+// blocks that run at a time read the same K and V, which halves what L2 has to deliver. But tiles
+// of different lengths then come out even only where there are many of them and few a head. Else
+// all heads go together, the longest tile of each first, or, where that is more than L2 holds,
+// groups of about 16 heads, of nearly equal size: still few enough for all thread blocks of one
+// head to take turns with what one of them read. docs/performance.md has the shares of idle time.
 int heads_of_persistent_group(const AttentionShape& shape, const Window& window, int tile_m,
-                              int64_t l2_bytes) {
+                              const DeviceLimits& device) {
   const bool equal_tiles = (window.left < 0) == (window.right < 0);
-  if (equal_tiles || ceil_div(shape.seqlen_q, tile_m) <= kPersistentTiles) return 1;
   const int64_t query_heads = std::max<int64_t>(int64_t{shape.batch} * shape.heads_q, 1);
+  const int64_t tiles = ceil_div(shape.seqlen_q, tile_m);
+  const int64_t rounds = tiles * query_heads / device.sm_count;
+  if (equal_tiles || (tiles <= kMostTilesOfHead && rounds >= kManyRounds)) return 1;
+  if (rounds < kManyRounds) return static_cast<int>(query_heads);
   const int64_t group = shape.heads_q / shape.heads_k;
-  int64_t heads = std::max<int64_t>(heads_that_share_l2(shape, l2_bytes),
+  int64_t heads = std::max<int64_t>(heads_that_share_l2(shape, device.l2_bytes),
                                     ceil_div(kPersistentHeads, group) * group);
   heads = ceil_div(query_heads, ceil_div(query_heads, heads));
   return static_cast<int>(std::min(ceil_div(heads, group) * group, query_heads));
@@ -258,9 +263,9 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
   plan.launch.smem_bytes = row.smem_bytes;
   if (problem.direction == Direction::kForward) {
     plan.launch.grid = row.persistent ? std::min<int64_t>(row_blocks, device.sm_count) : row_blocks;
-    plan.heads_per_group = row.persistent ? heads_of_persistent_group(shape, problem.window,
-                                                                      row.tile_m, device.l2_bytes)
-                                          : heads_that_share_l2(shape, device.l2_bytes);
+    plan.heads_per_group =
+        row.persistent ? heads_of_persistent_group(shape, problem.window, row.tile_m, device)
+                       : heads_that_share_l2(shape, device.l2_bytes);
   } else {
     plan.launch.grid =
         count_blocks("seqlen_k", shape.seqlen_k, row.tile_n, int64_t{shape.batch} * shape.heads_k);

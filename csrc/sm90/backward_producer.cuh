@@ -35,7 +35,7 @@ struct BackwardProducer {
     uint64_t* full = open(smem.barriers.q_full[stage], sizeof(smem.q[0]) + sizeof(smem.lse[0]));
     tma_load<Traits::kTileM, Traits::kHeadDim>(
         arguments.q, full, smem.q[stage], {at.block * Traits::kTileM, at.head, work.coord.batch});
-    load_row(arguments.params.lse_log2, full, smem.lse[stage], at);
+    load_row(arguments.lse, full, smem.lse[stage], at);
   }
   __device__ __forceinline__ void load_dout(const QueryStep& at, int stage) const {
     uint64_t* full =
@@ -43,14 +43,13 @@ struct BackwardProducer {
     tma_load<Traits::kTileM, Traits::kHeadDimV>(
         arguments.dout, full, smem.dout[stage],
         {at.block * Traits::kTileM, at.head, work.coord.batch});
-    load_row(arguments.params.delta, full, smem.delta[stage], at);
+    load_row(arguments.delta, full, smem.delta[stage], at);
   }
-  // kTileM floats of one of the workspace's (batch, heads_q, seqlen_q_rounded) arrays.
-  __device__ __forceinline__ void load_row(const float* source, uint64_t* full, float* target,
+  // L or D of the step's rows.
+  __device__ __forceinline__ void load_row(const CUtensorMap& map, uint64_t* full, float* target,
                                            const QueryStep& at) const {
-    SM90_BULK_COPY_G2S::copy(
-        source + query_tile<Traits>(arguments.params, work.coord.batch, at) * Traits::kTileM, full,
-        target, Traits::kTileM * int(sizeof(float)));
+    tma_load_row(map, full, target,
+                 int(query_tile<Traits>(arguments.params, work.coord.batch, at)));
   }
 
   __device__ __forceinline__ void run() const {

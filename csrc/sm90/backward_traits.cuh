@@ -73,6 +73,7 @@ struct BackwardTraits {
 
 struct BackwardArguments {
   CUtensorMap q, k, v, dout, dk, dv;  // boxes of kTileM, kTileN, kTileN, kTileM, kKeys, kKeys rows
+  CUtensorMap lse, delta;             // rows of kTileM numbers
   BackwardParams params;
 };
 

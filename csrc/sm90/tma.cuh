@@ -42,36 +42,51 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encode;
 }
 
+inline CUtensorMap encode_tensor_map(CUtensorMapDataType type, int rank, void* base,
+                                     const cuuint64_t* extents, const cuuint64_t* strides,
+                                     const cuuint32_t* box, CUtensorMapSwizzle swizzle) {
+  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result =
+      tensor_map_encoder()(&map, type, cuuint32_t(rank), base, extents, strides, box,
+                           element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("flash_attn2: cuTensorMapEncodeTiled failed with error " +
+                             std::to_string(int(result)));
+  }
+  return map;
+}
+
+inline cuuint64_t at_least_one(int64_t extent) { return cuuint64_t(extent > 0 ? extent : 1); }
+
 // The map of `view`, (batch, rows, heads, columns). A tensor without elements is never read, but
 // its map has to be valid: `fallback`, any aligned device address, stands in for its pointer.
 inline CUtensorMap make_tensor_map(const TensorView& view, DType dtype, int batch, int rows,
                                    int heads, int columns, int box_rows, int box_columns,
                                    void* fallback) {
   constexpr int64_t kElementBytes = 2;
-  const auto at_least_one = [](int n) { return cuuint64_t(n > 0 ? n : 1); };
   // A dimension of one element may come with any stride; the encoder wants multiples of 16 bytes.
   const auto bytes = [](int64_t stride, int extent) {
     return cuuint64_t(extent > 1 ? stride * kElementBytes : 16);
   };
-  const bool empty = rows == 0;
   const cuuint64_t extents[4] = {cuuint64_t(columns), at_least_one(rows), at_least_one(heads),
                                  at_least_one(batch)};
   const cuuint64_t strides[3] = {bytes(view.row_stride, rows), bytes(view.head_stride, heads),
                                  bytes(view.batch_stride, batch)};
   const cuuint32_t box[4] = {cuuint32_t(box_columns), cuuint32_t(box_rows), 1, 1};
-  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result = tensor_map_encoder()(
-      &map,
+  return encode_tensor_map(
       dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      4, empty ? fallback : view.ptr, extents, strides, box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, tensor_map_swizzle(box_columns),
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    throw std::runtime_error("flash_attn2: cuTensorMapEncodeTiled failed with error " +
-                             std::to_string(int(result)));
-  }
-  return map;
+      4, rows == 0 ? fallback : view.ptr, extents, strides, box, tensor_map_swizzle(box_columns));
+}
+
+// The map of contiguous fp32 numbers, (count, length): boxes are whole rows.
+inline CUtensorMap make_row_map(float* base, int64_t count, int length, void* fallback) {
+  const cuuint64_t extents[2] = {cuuint64_t(length), at_least_one(count)};
+  const cuuint64_t strides[1] = {length * sizeof(float)};
+  const cuuint32_t box[2] = {cuuint32_t(length), 1};
+  return encode_tensor_map(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, count == 0 ? fallback : base,
+                           extents, strides, box, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 // Where a tile starts in its tensor.
@@ -90,6 +105,13 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barri
                                  smem + column * kRows, at.column + column, at.row, at.head,
                                  at.batch);
   }
+}
+
+// Starts the load of row `row` of a make_row_map.
+__device__ __forceinline__ void tma_load_row(const CUtensorMap& map, uint64_t* barrier, float* smem,
+                                             int row) {
+  cute::SM90_TMA_LOAD_2D::copy(&map, barrier, uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                               smem, 0, row);
 }
 
 // Starts the store of a box's rows of a (kRows, kColumns) tile, whose first element is `smem`.
