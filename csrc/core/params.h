@@ -59,7 +59,9 @@ struct BackwardParams {
   int* dq_turn = nullptr;     // (batch, heads_q, seqlen_q_rounded / tile_m); null: unordered adds
   int* ticket = nullptr;      // one counter that hands out column blocks when dq_turn is used
 
-  int turn_group = 1;  // key blocks of a head that take turns side by side, see turn_order.h
+  // See turn_order.h.
+  int turn_group = 1;            // key blocks of a head that take turns side by side
+  bool turns_alternate = false;  // every other head goes the other way
 };
 
 }  // namespace flash_attn2

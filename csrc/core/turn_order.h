@@ -7,7 +7,10 @@
 // keys. Inside a group the order is that in which the walks arrive:
 //
 //   - under a mask, each key block walks upwards from the first query block that sees it. A later
-//     key block starts at a later query block, so it arrives first where they meet;
+//     key block starts at a later query block, so it arrives first where they meet. Blocks that
+//     start together then end one after the other, the last key block first, and so start those of
+//     the next head, if a head fills the GPU: every other head then walks downwards from the last
+//     query block, in the order of the keys, and its blocks end together;
 //   - without a mask, the walks start evenly spread over the query blocks and go around: block r of
 //     the group's n starts floor(r m / n) of m query blocks before the end.
 //
@@ -22,14 +25,16 @@ namespace flash_attn2 {
 struct TurnOrder {
   VisibleKeys visible;
   int tile_m, tile_n, group;
+  bool around, downwards;  // neither: upwards
 
-  FLASH_ATTN2_HOST_DEVICE TurnOrder(const BackwardParams& params, int tile_m, int tile_n)
+  // `head`: of all KV heads of the batch.
+  FLASH_ATTN2_HOST_DEVICE TurnOrder(const BackwardParams& params, int tile_m, int tile_n, int head)
       : visible(params.shape, params.window),
         tile_m(tile_m),
         tile_n(tile_n),
-        group(params.turn_group) {}
-
-  FLASH_ATTN2_HOST_DEVICE bool goes_around() const { return visible.left < 0 && visible.right < 0; }
+        group(params.turn_group),
+        around(visible.left < 0 && visible.right < 0),
+        downwards(!around && params.turns_alternate && head % 2 == 1) {}
 
   // Key blocks of the group that `key_block` is in.
   FLASH_ATTN2_HOST_DEVICE BlockRange group_of(int key_block) const {
@@ -40,7 +45,8 @@ struct TurnOrder {
 
   // Where the walk of `key_block` over the query blocks that see it starts.
   FLASH_ATTN2_HOST_DEVICE int start(int key_block, const BlockRange& query_blocks) const {
-    if (!goes_around()) return query_blocks.begin;
+    if (downwards) return query_blocks.end - 1;
+    if (!around) return query_blocks.begin;
     const BlockRange members = group_of(key_block);
     const unsigned count = members.end - members.begin, r = key_block - members.begin;
     const int ahead = r * query_blocks.end / count;  // no overflow, see the plan
@@ -50,8 +56,9 @@ struct TurnOrder {
   // How many key blocks add to the dQ of `query_block` before `key_block`.
   FLASH_ATTN2_HOST_DEVICE int turn(int key_block, int query_block) const {
     const BlockRange members = group_of(key_block);
-    if (!goes_around()) {
+    if (!around) {
       const BlockRange keys = visible.key_blocks(query_block * tile_m, tile_m, tile_n);
+      if (downwards) return key_block - keys.begin;
       const int begin = members.begin > keys.begin ? members.begin : keys.begin;
       const int end = members.end < keys.end ? members.end : keys.end;
       return (begin - keys.begin) + (end - 1 - key_block);

@@ -50,6 +50,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   params.dlse = dlse_in.defined() ? dlse_in.const_data_ptr<float>() : nullptr;
   params.softmax_scale = scaled.scale;
   params.turn_group = plan.turn_group;
+  params.turns_alternate = plan.turns_alternate;
   carve_workspace(params, workspace.mutable_data_ptr(), plan.workspace);
   plan.row->backward(params, plan.launch, c10::cuda::getCurrentCUDAStream().stream());
   if (scaled.q_factor != 1) dq.mul_(scaled.q_factor);

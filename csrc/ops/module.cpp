@@ -103,6 +103,7 @@ py::dict plan_to_dict(const Problem& problem, const DeviceLimits& device) {
   result["workspace_bytes"] = plan.workspace.total;
   result["heads_per_group"] = plan.heads_per_group;
   result["turn_group"] = plan.turn_group;
+  result["turns_alternate"] = plan.turns_alternate;
   result["window_left"] = problem.window.left;
   result["window_right"] = problem.window.right;
   result["description"] = describe(plan);
@@ -134,12 +135,14 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t seqlen_q, int
 // For every key block of one head its walk over query blocks: pairs (query block, turn).
 std::vector<std::vector<std::pair<int, int>>> turn_order(int64_t seqlen_q, int64_t seqlen_k,
                                                          int64_t window_left, int64_t window_right,
-                                                         int tile_m, int tile_n, int group) {
+                                                         int tile_m, int tile_n, int group,
+                                                         bool downwards) {
   BackwardParams params;
   params.shape = make_shape(1, seqlen_q, seqlen_k, 1, 1, 64, 64);
   params.window = make_window(window_left, window_right, params.shape);
   params.turn_group = group;
-  const TurnOrder order(params, tile_m, tile_n);
+  params.turns_alternate = true;
+  const TurnOrder order(params, tile_m, tile_n, downwards ? 1 : 0);
   std::vector<std::vector<std::pair<int, int>>> walks;
   for (int key_block = 0; key_block * tile_n < seqlen_k; ++key_block) {
     const BlockRange blocks = order.visible.query_blocks(key_block * tile_n, tile_m, tile_n);
@@ -147,7 +150,8 @@ std::vector<std::vector<std::pair<int, int>>> turn_order(int64_t seqlen_q, int64
     int block = order.start(key_block, blocks);
     for (int step = blocks.begin; step < blocks.end; ++step) {
       walks.back().emplace_back(block, order.turn(key_block, block));
-      block = block + 1 == blocks.end ? blocks.begin : block + 1;
+      block += order.downwards ? -1 : 1;
+      if (block == blocks.end) block = blocks.begin;
     }
   }
   return walks;
@@ -191,9 +195,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("turn_order", &turn_order,
         "The deterministic backward's order (csrc/core/turn_order.h) for one head: for every key "
         "block the query blocks that it visits, in order, each with the number of key blocks that "
-        "add to its dQ before.",
+        "add to its dQ before. downwards: as every other head goes where the plan lets them.",
         py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
-        py::arg("tile_m"), py::arg("tile_n"), py::arg("group"));
+        py::arg("tile_m"), py::arg("tile_n"), py::arg("group"), py::arg("downwards") = false);
   m.def(
       "force_family",
       [](const std::string& family) {

@@ -14,8 +14,8 @@ constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 constexpr int64_t kMaxLengthSum = kMaxInt - 1024;
 constexpr int64_t kWorkspaceAlignment = 256;
 constexpr int64_t kBytesPerElement = 2;  // fp16 and bf16
-// See heads_of_persistent_group.
-constexpr int64_t kPersistentHeads = 16;
+// See heads_of_group and heads_of_persistent_group.
+constexpr int64_t kHeadsOfGroup = 16;
 constexpr int64_t kMostTilesOfHead = 32;
 constexpr int64_t kManyRounds = 7;
 
@@ -136,23 +136,32 @@ int heads_that_share_l2(const AttentionShape& shape, int64_t l2_bytes) {
   return static_cast<int>(std::max<int64_t>(std::min(kv_heads * group, query_heads), 1));
 }
 
-// The same for a persistent grid, whose tiles are shared out beforehand. Head by head, the thread
-// blocks that run at a time read the same K and V, which halves what L2 has to deliver. But tiles
-// of different lengths then come out even only where there are many of them and few a head. Else
+// Head by head, the thread blocks that run at a time read the same K and V, which halves what L2
+// has to deliver. Tiles of different lengths want the longest ones of some heads first.
+bool tiles_are_equal(const Window& window) { return (window.left < 0) == (window.right < 0); }
+
+int heads_of_group(const AttentionShape& shape, const Window& window, const DeviceLimits& device) {
+  if (tiles_are_equal(window)) return 1;
+  const int64_t group = shape.heads_q / shape.heads_k;
+  return static_cast<int>(std::min<int64_t>(heads_that_share_l2(shape, device.l2_bytes),
+                                            ceil_div(kHeadsOfGroup, group) * group));
+}
+
+// The same for a persistent grid, whose tiles are shared out beforehand. Tiles of different lengths
+// come out even head by head only where there are many of them and few a head. Else
 // all heads go together, the longest tile of each first, or, where that is more than L2 holds,
 // groups of about 16 heads, of nearly equal size: still few enough for all thread blocks of one
 // head to take turns with what one of them read. docs/performance.md has the shares of idle time.
 int heads_of_persistent_group(const AttentionShape& shape, const Window& window, int tile_m,
                               const DeviceLimits& device) {
-  const bool equal_tiles = (window.left < 0) == (window.right < 0);
   const int64_t query_heads = std::max<int64_t>(int64_t{shape.batch} * shape.heads_q, 1);
   const int64_t tiles = ceil_div(shape.seqlen_q, tile_m);
   const int64_t rounds = tiles * query_heads / device.sm_count;
-  if (equal_tiles || (tiles <= kMostTilesOfHead && rounds >= kManyRounds)) return 1;
+  if (tiles_are_equal(window) || (tiles <= kMostTilesOfHead && rounds >= kManyRounds)) return 1;
   if (rounds < kManyRounds) return static_cast<int>(query_heads);
   const int64_t group = shape.heads_q / shape.heads_k;
   int64_t heads = std::max<int64_t>(heads_that_share_l2(shape, device.l2_bytes),
-                                    ceil_div(kPersistentHeads, group) * group);
+                                    ceil_div(kHeadsOfGroup, group) * group);
   heads = ceil_div(query_heads, ceil_div(query_heads, heads));
   return static_cast<int>(std::min(ceil_div(heads, group) * group, query_heads));
 }
@@ -265,12 +274,15 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
     plan.launch.grid = row.persistent ? std::min<int64_t>(row_blocks, device.sm_count) : row_blocks;
     plan.heads_per_group =
         row.persistent ? heads_of_persistent_group(shape, problem.window, row.tile_m, device)
-                       : heads_that_share_l2(shape, device.l2_bytes);
+                       : heads_of_group(shape, problem.window, device);
   } else {
     plan.launch.grid =
         count_blocks("seqlen_k", shape.seqlen_k, row.tile_n, int64_t{shape.batch} * shape.heads_k);
     plan.workspace = lay_out(row, problem);
-    if (problem.deterministic) plan.turn_group = turn_group(row, shape, device);
+    if (problem.deterministic) {
+      plan.turn_group = turn_group(row, shape, device);
+      plan.turns_alternate = 2 * plan.turn_group > device.sm_count;  // one head at a time
+    }
   }
   return plan;
 }

@@ -46,6 +46,7 @@ struct Plan {
   int heads_per_group = 1;  // forward: query heads whose K and V share the L2 cache
   Workspace workspace;      // backward
   int turn_group = 1;       // deterministic backward: see core/turn_order.h
+  bool turns_alternate = false;
 };
 
 // A row that was not chosen, and why.

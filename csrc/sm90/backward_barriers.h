@@ -8,14 +8,20 @@
 //   q_empty[s]       8 (consumer warps)     Q and LSE of the step are used       producer
 //   dout_empty[s]    8 (consumer warps)     dO and delta of the step are used    producer
 //   ds_full[b]       4 * kDsWriters         buffer b holds a step's dS           consumers
-//   p_full           4 (P's consumer)       the buffer holds a step's P          dS's consumer
-//   p_empty          4 (dS's consumer)      P has been read                      P's consumer
-//   turn_come        1 (turn keeper)        the step's dQ may be added           consumers
-//   turn_used        8 (consumer warps)     the step's dQ is added               turn keeper
+//   done             8 (consumer warps)     nobody reads K and V any more        consumers
+//   turn_come        1 (turn taker)         the step's dQ may be added           consumers
+//   turn_used        8 (consumer warps)     the step's dQ is added               turn passer
+//   turn_seen        1 (turn passer)        ... and the passer has seen it       turn taker
 //
-// p_full and p_empty are for ConsumerSplit::kRoles, the last two for deterministic mode. A buffer
-// of dS needs no barrier for its release, see kScoreBuffers. Named barriers: 1 and 2, of one
-// consumer each; 3, of both.
+// The last three are for deterministic mode. A buffer of dS needs no barrier for its release, see
+// kScoreBuffers.
+//
+// Named barriers:
+//
+//   consumer(w)      128: consumer w alone
+//   SharedP          256: ConsumerSplit::kRoles; P's consumer arrives and dS's waits when the
+//   buffer
+//                    holds a step's P (kFull), and the reverse when P has been read (kEmpty)
 #pragma once
 
 #include "barriers.h"
@@ -29,8 +35,7 @@ template <int kStages, int kScoreBuffers, int kDsWriters>
 struct BackwardBarriers {
   LoadBarrier k_full, v_full, q_full[kStages], dout_full[kStages];
   Barrier q_empty[kStages], dout_empty[kStages], ds_full[kScoreBuffers];
-  Barrier p_full, p_empty;
-  Barrier turn_come, turn_used;
+  Barrier done, turn_come, turn_used, turn_seen;
 
   // By one thread, before any use; __syncthreads afterwards.
   __device__ void init() {
@@ -44,10 +49,10 @@ struct BackwardBarriers {
       dout_empty[i].init(kConsumerWarps);
     }
     for (int i = 0; i < kScoreBuffers; ++i) ds_full[i].init(kDsWriters * kWarpsPerGroup);
-    p_full.init(kWarpsPerGroup);
-    p_empty.init(kWarpsPerGroup);
+    done.init(kConsumerWarps);
     turn_come.init(1);
     turn_used.init(kConsumerWarps);
+    turn_seen.init(1);
     cutlass::arch::fence_barrier_init();
   }
 };
@@ -58,11 +63,16 @@ __device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
   if (threadIdx.x % 32 == 0) barrier.arrive();
 }
 
+// Named barriers; 0 is __syncthreads.
 __device__ __forceinline__ void sync_consumer(int consumer) {
   cutlass::arch::NamedBarrier::sync(kWarpGroupThreads, 1 + consumer);
 }
-__device__ __forceinline__ void sync_consumers() {
-  cutlass::arch::NamedBarrier::sync(kConsumers * kWarpGroupThreads, 3);
+enum class SharedP : int { kFull = 3, kEmpty = 4 };
+__device__ __forceinline__ void announce(SharedP event) {
+  cutlass::arch::NamedBarrier::arrive(kConsumers * kWarpGroupThreads, uint32_t(event));
+}
+__device__ __forceinline__ void wait_for(SharedP event) {
+  cutlass::arch::NamedBarrier::sync(kConsumers * kWarpGroupThreads, uint32_t(event));
 }
 
 }  // namespace flash_attn2::sm90

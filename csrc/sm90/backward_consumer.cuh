@@ -191,6 +191,12 @@ struct BackwardConsumer {
     if (ordered && dq_part == Traits::kDqParts - 1) arrive_as_warp(smem.barriers.turn_used);
   }
 
+  // Until both consumers are done with K and V.
+  __device__ __forceinline__ void wait_for_both() const {
+    arrive_as_warp(smem.barriers.done);
+    smem.barriers.done.wait(0);
+  }
+
   // The buffers of Q (and L) or of dO (and D) of a step are no longer needed.
   __device__ __forceinline__ void release_q(int step) const {
     arrive_as_warp(smem.barriers.q_empty[Stages{uint32_t(step)}.stage()]);

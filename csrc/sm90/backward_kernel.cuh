@@ -40,7 +40,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (threadIdx.x == 0) {
       BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.run();
     } else if (ordered && threadIdx.x == 32) {
-      BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.keep_turns();
+      BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.take_turns();
+    } else if (ordered && threadIdx.x == 64) {
+      BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.pass_turns();
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

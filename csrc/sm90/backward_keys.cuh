@@ -69,7 +69,7 @@ struct KeysConsumer : BackwardConsumer<Traits> {
     clear(acc_dk);
     clear(acc_dv);
     if (work.steps > 0) walk();
-    sync_consumers();  // both are done with K and V
+    this->wait_for_both();
     this->write_dv(acc_dv);
     this->write_dk(acc_dk);
     this->wait_for_stores();

@@ -1,5 +1,5 @@
-// The producer warpgroup of the sm90 backward: one thread that loads, and in deterministic mode one
-// that keeps the turns.
+// The producer warpgroup of the sm90 backward: one thread that loads, and in deterministic mode two
+// that keep the turns.
 #pragma once
 
 #include "../core/grid_dependency.cuh"
@@ -73,25 +73,46 @@ struct BackwardProducer {
     }
   }
 
-  // Deterministic mode: key blocks add to a dQ tile one after the other (turn_order.h); the tile's
-  // counter is the number of those that have. The fence, which waits for the adds to arrive, and
-  // the polling are here so that the consumers never stall for them.
-  __device__ __forceinline__ void keep_turns() const {
-    const BackwardParams& params = arguments.params;
-    const TurnOrder order(params, Traits::kTileM, Traits::kTileN);
+  // Deterministic mode: key blocks add to a dQ tile one after the other (core/turn_order.h); the
+  // tile's counter is the number of those that have. Two threads keep the turns, so that the
+  // consumers never stall for the polling, nor the next turn for the fence, which waits for the
+  // adds to arrive.
+  __device__ __forceinline__ int* counter(const QueryStep& at) const {
+    return arguments.params.dq_turn + query_tile<Traits>(arguments.params, work.coord.batch, at);
+  }
+  __device__ __forceinline__ TurnOrder turn_order() const {
+    return {arguments.params, Traits::kTileM, Traits::kTileN, work.kv_head(arguments.params)};
+  }
+
+  // Tells the consumers when a step's turn has come.
+  __device__ __forceinline__ void take_turns() const {
+    const TurnOrder order = turn_order();
     QueryStep at = QueryStep::first(work);
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
       const int turn = order.turn(work.coord.block, at.block);
-      int* added = params.dq_turn + query_tile<Traits>(params, work.coord.batch, at);
+      const int* added = counter(at);
       int count;
       do {
         asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(count) : "l"(added) : "memory");
       } while (count != turn);
+      if (step > 0) smem.barriers.turn_seen.wait((step - 1) & 1);
       smem.barriers.turn_come.arrive();
+    }
+  }
+
+  // Tells the next key block when a step's turn is over.
+  __device__ __forceinline__ void pass_turns() const {
+    const TurnOrder order = turn_order();
+    QueryStep at = QueryStep::first(work);
+    CUTE_NO_UNROLL
+    for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
+      const int turn = order.turn(work.coord.block, at.block);
       smem.barriers.turn_used.wait(step & 1);
+      smem.barriers.turn_seen.arrive();
       __threadfence();
-      asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(added), "r"(turn + 1) : "memory");
+      asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(counter(at)), "r"(turn + 1)
+                   : "memory");
     }
   }
 };

@@ -16,7 +16,6 @@ struct RoleConsumer : BackwardConsumer<Traits> {
   using Base = BackwardConsumer<Traits>;
   using Base::Base, Base::smem, Base::work, Base::thread;
   using typename Base::AccDq, typename Base::AccS, typename Base::Element;
-  using Shared = Ring<1>;  // the one buffer of P
 
   // This thread's values i to i + 3 of the step's P^T.
   __device__ __forceinline__ float4& shared_p(int i) const {
@@ -49,13 +48,12 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
   __device__ __forceinline__ void finish_scores(int step, const QueryStep& at, AccS& acc) const {
     this->make_probabilities(step, at, acc);
     this->release_q(step);
-    const typename Base::Shared ring{uint32_t(step)};
-    smem.barriers.p_empty.wait(ring.parity() ^ 1);
+    if (step > 0) wait_for(SharedP::kEmpty);
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 4) {
       this->shared_p(i) = make_float4(acc(i), acc(i + 1), acc(i + 2), acc(i + 3));
     }
-    arrive_as_warp(smem.barriers.p_full);
+    announce(SharedP::kFull);
   }
 
   // B5 and B7 of a step whose P^T is in `acc`, and, except in the last, B2 of the next one.
@@ -99,7 +97,7 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
   __device__ __forceinline__ void run() {
     clear(acc_dv);
     if (work.steps > 0) walk();
-    sync_consumers();  // the other one is done with V
+    this->wait_for_both();
     this->write_dv(acc_dv);
     this->wait_for_stores();
   }
@@ -117,10 +115,9 @@ struct GradientConsumer : RoleConsumer<Traits> {
   // B4, B6 and B7 of a step whose dP^T is in `acc`, and, except in the last, B3 of the next one.
   template <bool kLast>
   __device__ __forceinline__ void take(int step, const QueryStep& at, AccS& acc) {
-    const typename Base::Shared shared{uint32_t(step)};
-    smem.barriers.p_full.wait(shared.parity());
+    wait_for(SharedP::kFull);
     this->make_score_gradients(step, [&](int i) { return this->shared_p(i); }, acc);
-    arrive_as_warp(smem.barriers.p_empty);
+    if constexpr (!kLast) announce(SharedP::kEmpty);
     this->release_dout(step);
     auto ds = to_operand_a<Element, typename Base::MmaDk>(acc);
     this->store_score_gradients(ds, step);
@@ -157,7 +154,7 @@ struct GradientConsumer : RoleConsumer<Traits> {
   __device__ __forceinline__ void run() {
     clear(acc_dk);
     if (work.steps > 0) walk();
-    sync_consumers();  // the other one is done with K
+    this->wait_for_both();
     this->write_dk(acc_dk);
     this->wait_for_stores();
   }

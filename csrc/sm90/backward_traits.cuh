@@ -98,15 +98,20 @@ struct BackwardWork {
     start = blocks.end - 1;
     direction = -1;
     if (params.dq_turn != nullptr) {
-      start = TurnOrder(params, Traits::kTileM, Traits::kTileN).start(coord.block, blocks);
-      direction = 1;
+      const TurnOrder order(params, Traits::kTileM, Traits::kTileN, kv_head(params));
+      start = order.start(coord.block, blocks);
+      direction = order.downwards ? -1 : 1;
     }
+  }
+  // Of all KV heads of the batch.
+  __device__ __forceinline__ int kv_head(const BackwardParams& params) const {
+    return coord.batch * params.shape.heads_k + coord.head;
   }
 };
 
 // A step of the walk: all query blocks of the group's first head, then those of the next head.
 // Usually last block first, so that the key blocks of a head read the same Q and dO at a time; in
-// deterministic mode from `start` on upwards and around (core/turn_order.h).
+// deterministic mode as core/turn_order.h says.
 struct QueryStep {
   int head, block;
 

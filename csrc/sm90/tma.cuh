@@ -47,10 +47,19 @@ inline CUtensorMap encode_tensor_map(CUtensorMapDataType type, int rank, void* b
                                      const cuuint32_t* box, CUtensorMapSwizzle swizzle) {
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult result =
-      tensor_map_encoder()(&map, type, cuuint32_t(rank), base, extents, strides, box,
-                           element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode = [&] {
+    return tensor_map_encoder()(&map, type, cuuint32_t(rank), base, extents, strides, box,
+                                element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // this is the thread's first call to CUDA
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    result = encode();
+  }
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("flash_attn2: cuTensorMapEncodeTiled failed with error " +
                              std::to_string(int(result)));
