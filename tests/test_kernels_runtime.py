@@ -1,5 +1,6 @@
 """The kernels inside a CUDA program: streams, graphs, devices, memory, 64-bit offsets."""
 
+import concurrent.futures
 import gc
 
 import pytest
@@ -123,6 +124,25 @@ def test_tensors_on_another_device():
     assert_result(got, inputs, case)
     with pytest.raises(RuntimeError, match="k: device is cuda:0, it must be q's cuda:1"):
         forward(inputs.q, inputs.k.to("cuda:0"), inputs.v, 0.125)
+
+
+@pytest.mark.parametrize("length", [0, 100])
+def test_the_first_call_to_cuda_of_a_thread(length):
+    """Memory comes from the cache, so nothing before the kernels makes a context current."""
+    q = torch.randn(2, length, 4, 64, device="cuda", dtype=torch.float16)
+    k, v = torch.randn(2, 2, 70, 4, 64, device="cuda", dtype=torch.float16).unbind()
+
+    def run():
+        out, lse = forward(q, k, v, 0.125)
+        return out, lse, *backward(q, q, k, v, out, lse, None, 0.125, deterministic=True)
+
+    expected = run()
+    run()  # its memory goes to the cache
+    torch.cuda.synchronize()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        results = pool.submit(run).result()
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_threads():

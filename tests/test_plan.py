@@ -318,7 +318,8 @@ def test_a_grid_that_cuda_cannot_launch_is_an_error(direction, seqlens, name):
 
 
 def group_for(seqlen_k, **sizes) -> int:
-    """heads_per_group on an L4 (48 MiB of L2), where a KV head takes 4 * seqlen_k * 64 bytes."""
+    """heads_per_group, causal, on an L4 (48 MiB of L2): a KV head takes 4 * seqlen_k * 64 bytes."""
+    sizes = {"window_right": 0, **sizes}
     return plan_for("forward", seqlen_k=seqlen_k, head_dim=64, gpu="L4", **sizes)["heads_per_group"]
 
 
@@ -326,10 +327,24 @@ def group_for(seqlen_k, **sizes) -> int:
 def test_heads_per_group_fills_half_of_the_cache():
     # 16384 keys: K and V of one head take 4 MiB, and 24 MiB hold 6 of them.
     assert group_for(16384, batch=2, heads_q=16, heads_k=16) == 6
-    # Groups of 4 query heads that share a KV head stay together.
-    assert group_for(16384, batch=2, heads_q=64, heads_k=16) == 24
     # With 32 columns of V it is 3 MiB a head.
     assert group_for(16384, batch=2, heads_q=16, heads_k=16, head_dim_v=32) == 8
+    # Groups of 3 query heads that share a KV head stay together.
+    assert group_for(32768, batch=2, heads_q=48, heads_k=16) == 9
+
+
+@needs_sm80
+def test_heads_per_group_is_about_16_where_more_fit():
+    assert group_for(128, batch=2, heads_q=16, heads_k=4) == 16
+    assert group_for(128, batch=2, heads_q=15, heads_k=5) == 18
+    assert group_for(0, batch=2, heads_q=16, heads_k=4) == 16
+    assert group_for(128, batch=1, heads_q=8, heads_k=4) == 8
+
+
+@needs_sm80
+def test_heads_per_group_is_one_without_a_mask():
+    assert group_for(128, batch=2, heads_q=16, heads_k=4, window_right=-1) == 1
+    assert group_for(1024, batch=2, heads_q=16, heads_k=4, window_left=64) == 1
 
 
 def persistent_group(**sizes) -> int:
@@ -367,12 +382,6 @@ def test_a_persistent_grid_goes_head_by_head_where_that_comes_out_even(sizes):
 
 def test_a_persistent_grid_takes_all_heads_together_where_tiles_are_few():
     assert persistent_group(seqlen_q=512, seqlen_k=512, window_right=0, heads_q=16, heads_k=4) == 32
-
-
-@needs_sm80
-def test_heads_per_group_is_all_heads_when_they_fit():
-    assert group_for(128, batch=2, heads_q=16, heads_k=4) == 32
-    assert group_for(0, batch=2, heads_q=16, heads_k=4) == 32
 
 
 @needs_sm80

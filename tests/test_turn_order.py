@@ -22,7 +22,9 @@ def draw_walks(rng: random.Random, mask: str) -> tuple[list, int]:
     seqlen_q, seqlen_k, group = rng.randint(1, 2000), rng.randint(1, 2000), rng.randint(1, 20)
     left, right = MASKS[mask](rng, seqlen_q, seqlen_k)
     tile_m, tile_n = rng.choice((64, 128)), rng.choice((64, 128))
-    walks = ops.EXTENSION.turn_order(seqlen_q, seqlen_k, left, right, tile_m, tile_n, group)
+    walks = ops.EXTENSION.turn_order(
+        seqlen_q, seqlen_k, left, right, tile_m, tile_n, group, downwards=rng.random() < 0.3
+    )
     return walks, group
 
 
@@ -86,17 +88,20 @@ def test_nobody_waits_where_all_run_side_by_side(left, right, tile_m):
 
 
 def test_the_plan_makes_groups_that_run_side_by_side():
-    def turn_group(seqlen_q, seqlen_k, deterministic=True):
-        plan = ops.EXTENSION.plan(
+    def plan(seqlen_q, seqlen_k, deterministic=True):
+        found = ops.EXTENSION.plan(
             "backward", 1, seqlen_q, seqlen_k, 4, 4, 128, 128, deterministic=deterministic
         )
-        if plan["kernel"] is None:
+        if found["kernel"] is None:
             pytest.skip("no kernel for head_dim 128 in this build")
-        return plan["turn_group"], plan["tile_n"]
+        return found
 
-    group, tile_n = turn_group(512, 1024)
-    assert group == 1024 // tile_n
-    assert turn_group(512, 2**20)[0] == 132  # an H200's multiprocessors
-    assert turn_group(2**30, 2**20)[0] == (2**31 - 1) // (2**30 // 64)  # their product fits
-    assert turn_group(512, 0)[0] == 1
-    assert turn_group(512, 1024, deterministic=False)[0] == 1
+    few = plan(512, 1024)
+    assert few["turn_group"] == 1024 // few["tile_n"]
+    assert not few["turns_alternate"]
+    many = plan(512, 2**20)
+    assert many["turn_group"] == 132  # an H200's multiprocessors
+    assert many["turns_alternate"]
+    assert plan(2**30, 2**20)["turn_group"] == (2**31 - 1) // (2**30 // 64)  # their product fits
+    assert plan(512, 0)["turn_group"] == 1
+    assert plan(512, 1024, deterministic=False)["turn_group"] == 1
