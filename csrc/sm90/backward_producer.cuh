@@ -80,13 +80,11 @@ struct BackwardProducer {
   __device__ __forceinline__ int* counter(const QueryStep& at) const {
     return arguments.params.dq_turn + query_tile<Traits>(arguments.params, work.coord.batch, at);
   }
-  __device__ __forceinline__ TurnOrder turn_order() const {
-    return {arguments.params, Traits::kTileM, Traits::kTileN, work.kv_head(arguments.params)};
-  }
 
   // Tells the consumers when a step's turn has come.
   __device__ __forceinline__ void take_turns() const {
-    const TurnOrder order = turn_order();
+    const BackwardParams& params = arguments.params;
+    const TurnOrder order(params, Traits::kTileM, Traits::kTileN, work.kv_head(params));
     QueryStep at = QueryStep::first(work);
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
@@ -103,16 +101,13 @@ struct BackwardProducer {
 
   // Tells the next key block when a step's turn is over.
   __device__ __forceinline__ void pass_turns() const {
-    const TurnOrder order = turn_order();
     QueryStep at = QueryStep::first(work);
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
-      const int turn = order.turn(work.coord.block, at.block);
       smem.barriers.turn_used.wait(step & 1);
       smem.barriers.turn_seen.arrive();
       __threadfence();
-      asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(counter(at)), "r"(turn + 1)
-                   : "memory");
+      atomicAdd(counter(at), 1);
     }
   }
 };
