@@ -495,10 +495,12 @@ def test_ptxas_log_is_read():
 
 
 @pytest.mark.parametrize(("head_dim_v", "name"), [(128, "d192_v128"), (192, "d192")])
-def test_names_of_sm90_kernels_have_the_head_dim_of_v(head_dim_v, name):
+def test_names_of_sm90_kernels_have_the_head_dim_of_v_and_the_cluster(head_dim_v, name):
     namespace, element = "_ZN11flash_attn24sm90", "IN7cutlass6half_tELi192E"
-    forward = f"14forward_kernelINS0_13ForwardTraits{element}Li128ELi112ELi{head_dim_v}EEEEEv"
-    assert ptxas.row_name(namespace + forward) == f"sm90_fwd_fp16_{name}_128x112"
+    for cluster, blocks in ((1, ""), (2, "_x2")):
+        traits = f"13ForwardTraits{element}Li128ELi112ELi{head_dim_v}ELi{cluster}EEEEEv"
+        forward = ptxas.row_name(f"{namespace}14forward_kernelINS0_{traits}")
+        assert forward == f"sm90_fwd_fp16_{name}_128x112{blocks}"
     split = "LNS0_13ConsumerSplitE1E"
     backward = (
         f"15backward_kernelINS0_14BackwardTraits{element}Li64ELi64E{split}Li{head_dim_v}EEEEEv"

@@ -28,7 +28,7 @@ from numerics import (
 
 pytestmark = pytest.mark.gpu
 
-YARDSTICK_LENGTHS = ((1024, 1024), (512, 1200), (1200, 512))
+YARDSTICK_LENGTHS = ((1024, 1024), (512, 1200), (1200, 512), (512, 2500))
 
 
 def run_forward(inputs, case):
@@ -65,6 +65,21 @@ def test_lengths(head_dims, seqlen_q, mask):
     d, dv = head_dims
     for seqlen_k in EDGE_LENGTHS:
         case = Case(seqlen_q, seqlen_k, head_dim=d, head_dim_v=dv, mask=mask).with_enough_rows()
+        inputs = random_inputs(case, torch.bfloat16, "cuda")
+        out, lse = run_forward(inputs, case)
+        ref, ref_lse = fp64_forward(inputs, case)
+        rounded = rounded_result(inputs, case.softmax_scale, case.window)
+        assert_near(out, ref, rounded.out, f"{case}: out")
+        assert_lse_near(lse, ref_lse)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+@pytest.mark.parametrize("seqlen_q", [1, 100, 129, 256, 257, 400, 2200])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_lengths_with_many_keys(head_dim, seqlen_q, mask):
+    """Some kernels serve up to 2048 keys, some take pairs of query tiles where there is no mask."""
+    for seqlen_k in (2047, 2048, 2049, 2200):
+        case = Case(seqlen_q, seqlen_k, head_dim=head_dim, mask=mask).with_enough_rows()
         inputs = random_inputs(case, torch.bfloat16, "cuda")
         out, lse = run_forward(inputs, case)
         ref, ref_lse = fp64_forward(inputs, case)

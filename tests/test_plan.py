@@ -37,6 +37,9 @@ REASONS = (
     r"runs up to sm_\d+, \w+ is sm_\d+",
     r"is of family sm\d+, asked for is sm\d+",
     r"needs \d+ bytes of shared memory, \w+ gives a block \d+",
+    r"serves seqlen_k <= \d+, the inputs have \d+",
+    r"takes no mask",
+    r"takes \d+ tiles of a head at a time, the inputs have \d+",
     r"fits, but \w+ has smaller head_dim buckets \(\d+ \+ \d+ < \d+ \+ \d+\)",
     r"fits, but \w+ (has a smaller head_dim bucket|is of a newer family|is preferred) \(.+\)",
 )
@@ -276,6 +279,61 @@ def test_the_environment_names_a_family():
     assert "FLASH_ATTN2_FAMILY: is 'hopper', it must be 'sm80' or 'sm90'" in run("hopper").stderr
 
 
+# Lengths and clusters -----------------------------------------------------------------------------
+
+SHORT = [row for row in KERNELS.values() if row["max_keys"] < 2**31 - 1]
+
+
+@pytest.mark.parametrize("row", SHORT, ids=lambda row: row["name"])
+def test_tiles_for_short_sequences_serve_no_longer_ones(row):
+    def plan(seqlen_k):
+        return plan_for(
+            row["direction"], row["dtype"], head_dim=row["head_dim"], seqlen_k=seqlen_k, seqlen_q=9
+        )
+
+    for seqlen_k in (0, 1, row["max_keys"]):
+        assert plan(seqlen_k)["kernel"] == row["name"]
+    longer = plan(row["max_keys"] + 1)
+    assert KERNELS[longer["kernel"]]["head_dim"] == row["head_dim"]
+    reasons = {entry["kernel"]: entry["reason"] for entry in longer["refused"]}
+    expected = f"serves seqlen_k <= {row['max_keys']}, the inputs have {row['max_keys'] + 1}"
+    assert reasons[row["name"]] == expected
+
+
+CLUSTERS = [row for row in KERNELS.values() if row["cluster"] > 1]
+
+
+@pytest.mark.parametrize("row", CLUSTERS, ids=lambda row: row["name"])
+def test_clusters_take_whole_groups_of_tiles_without_a_mask(row):
+    def plan(tiles, **window):
+        sizes = {"seqlen_q": tiles * row["tile_m"] - 1, "seqlen_k": 7777, **window}
+        return plan_for(row["direction"], row["dtype"], head_dim=row["head_dim"], **sizes)
+
+    def reason(plan):
+        return {entry["kernel"]: entry["reason"] for entry in plan["refused"]}[row["name"]]
+
+    cluster = row["cluster"]
+    for tiles in (cluster, 2 * cluster, 50 * cluster):
+        assert plan(tiles)["kernel"] == row["name"]
+        assert plan(tiles)["grid"] % cluster == 0
+    for tiles in (1, cluster + 1, 50 * cluster - 1):
+        assert KERNELS[plan(tiles)["kernel"]]["cluster"] == 1
+        expected = f"takes {cluster} tiles of a head at a time, the inputs have {tiles}"
+        assert reason(plan(tiles)) == expected
+    for window in ({"window_right": 0}, {"window_left": 9}, {"window_left": 9, "window_right": 9}):
+        assert KERNELS[plan(2 * cluster, **window)["kernel"]]["cluster"] == 1
+        assert reason(plan(2 * cluster, **window)) == "takes no mask"
+
+
+@needs_sm90
+@pytest.mark.parametrize("gpu", [name for name, gpu in GPUS.items() if gpu["arch"] == 90])
+def test_a_grid_of_clusters_has_no_more_blocks_than_the_gpu(gpu):
+    for row in CLUSTERS:
+        sizes = {"seqlen_q": 256 * row["tile_m"], "seqlen_k": 7777, "head_dim": row["head_dim"]}
+        grid = plan_for(row["direction"], row["dtype"], gpu=gpu, **sizes)["grid"]
+        assert 0 <= GPUS[gpu]["sm_count"] - grid < row["cluster"] and grid % row["cluster"] == 0
+
+
 # Grid ---------------------------------------------------------------------------------------------
 
 
@@ -347,9 +405,11 @@ def test_heads_per_group_is_one_without_a_mask():
     assert group_for(1024, batch=2, heads_q=16, heads_k=4, window_left=64) == 1
 
 
-def persistent_group(**sizes) -> int:
-    """heads_per_group of a persistent forward at head dim 64 and 2 batches."""
-    plan = plan_for("forward", head_dim=64, batch=2, **sizes)
+def persistent_group(head_dim=64, **sizes) -> int:
+    """heads_per_group of a persistent forward of 2 batches."""
+    if head_dim not in built("forward", EXTENSION.build_info()["dtypes"][0]):
+        pytest.skip(f"this build has no head dim {head_dim}")
+    plan = plan_for("forward", head_dim=head_dim, batch=2, **sizes)
     if not is_persistent(plan):
         pytest.skip("no persistent kernel in this build")
     return plan["heads_per_group"]
@@ -377,7 +437,13 @@ def test_a_persistent_grid_takes_16_heads_or_more_in_groups_of_nearly_one_size(
     ids=["no mask", "window", "few tiles"],
 )
 def test_a_persistent_grid_goes_head_by_head_where_that_comes_out_even(sizes):
-    assert persistent_group(heads_q=64, heads_k=16, **sizes) == 1
+    assert persistent_group(128, heads_q=64, heads_k=16, **sizes) == 1
+
+
+def test_a_persistent_grid_of_tall_tiles_takes_heads_together_under_a_mask():
+    sizes = {"seqlen_q": 2048, "seqlen_k": 2048, "heads_q": 64, "heads_k": 16}
+    assert persistent_group(64, **sizes) == 1
+    assert persistent_group(64, window_right=0, **sizes) > 16
 
 
 def test_a_persistent_grid_takes_all_heads_together_where_tiles_are_few():

@@ -44,7 +44,7 @@ from flash_attn2.introspection import families_of_gpu, forced_family, list_kerne
 BUCKETS = (64, 96, 128, 192, 256)
 TILE_ROWS = (16, 64, 80, 112, 128, 192)
 LAYOUTS = ("contiguous", "heads first", "fused", "cut out")
-USUAL_LENGTH, LONG_LENGTH = 700, 2048
+USUAL_LENGTH, LONG_LENGTH = 700, 2800
 MOST_SCORES = 1 << 23  # of a problem: 64 MiB for each of the reference's matrices
 MOST_MISMATCHES = 10
 
@@ -88,7 +88,7 @@ def draw_length(rng: random.Random) -> int:
     kind = rng.random()
     if kind < 0.06:
         return rng.randrange(3)
-    longest = LONG_LENGTH if kind > 0.98 else USUAL_LENGTH
+    longest = LONG_LENGTH if kind > 0.95 else USUAL_LENGTH
     if kind < 0.30:
         return rng.randint(1, longest)
     rows = rng.choice(TILE_ROWS)

@@ -12,7 +12,12 @@ import itertools
 import torch
 
 from flash_attn2 import flash_attn_func
-from flash_attn2.introspection import build_info, families_of_gpu, forced_family
+from flash_attn2.introspection import (
+    build_info,
+    families_of_gpu,
+    forced_family,
+    list_kernels,
+)
 
 
 def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
@@ -20,11 +25,11 @@ def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def run(
-    dtype: torch.dtype, d: int, dv: int, kv_heads: int, causal: bool, deterministic: bool
+    dtype: torch.dtype, d: int, dv: int, keys: int, kv_heads: int, causal: bool, deterministic: bool
 ) -> float:
     """Largest relative error of out, dq, dk, dv of one problem with odd lengths and GQA."""
     hk, h = kv_heads, 2 * kv_heads
-    shapes = ((1, 131, h, d), (1, 197, hk, d), (1, 197, hk, dv), (1, 131, h, dv))
+    shapes = ((1, 131, h, d), (1, keys, hk, d), (1, keys, hk, dv), (1, 131, h, dv))
     *inputs, dout = (torch.randn(shape, dtype=dtype) for shape in shapes)
 
     def attend(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -36,18 +41,32 @@ def run(
     return max(relative_error(x, reference) for x, reference in pairs)
 
 
+def lengths(family: str, d: int, dv: int) -> list[int]:
+    """Of K and V: a short one, and one past each limit of a row."""
+    rows = [row for row in list_kernels() if row["family"] == family]
+    limits = {row["max_keys"] for row in rows if (row["head_dim"], row["head_dim_v"]) == (d, dv)}
+    return [197, *(limit + 29 for limit in limits if limit < 2**31 - 1)]
+
+
 def check_family(family: str, quick: bool) -> None:
     """Calls every dtype and pair of head dims of the build; ends the process at a wrong result."""
-    variants = [(True, True)] if quick else [(False, False), (True, False), (True, True)]
+    variants = (
+        [(False, False), (True, True)]
+        if quick
+        else [*itertools.product((False, True), (False, True))]
+    )
     info = build_info()
     for dtype, (d, dv), (causal, deterministic) in itertools.product(
         info["dtypes"], info["head_dim_pairs"], variants
     ):
-        error = run(getattr(torch, dtype), d, dv, 1 if quick else 2, causal, deterministic)
-        case = f"{dtype} d{d} v{dv} causal={causal} deterministic={deterministic}"
-        print(f"{family} {case}: {error:.2e}", flush=True)
-        if not error < 1e-2:
-            raise SystemExit("wrong result")
+        for keys in lengths(family, d, dv):
+            error = run(
+                getattr(torch, dtype), d, dv, keys, 1 if quick else 2, causal, deterministic
+            )
+            case = f"{dtype} d{d} v{dv} keys={keys} causal={causal} deterministic={deterministic}"
+            print(f"{family} {case}: {error:.2e}", flush=True)
+            if not error < 1e-2:
+                raise SystemExit("wrong result")
 
 
 def main() -> None:
@@ -55,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("families", nargs="*", help=f"kernel families (default: {families})")
     parser.add_argument("--quick", action="store_true",
-                        help="one small call for each dtype and head dim")  # fmt: skip
+                        help="two small calls for each dtype and kernel")  # fmt: skip
     args = parser.parse_args()
     for family in args.families or families:
         if family not in families:

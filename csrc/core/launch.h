@@ -21,26 +21,35 @@ enum class Start {
   kWithPrevious,   // maybe earlier, see grid_dependency.cuh
 };
 
-// Enqueues kernel(params) on the stream; an empty grid launches nothing.
+// Enqueues kernel(params) on the stream, in clusters of `cluster` thread blocks; an empty grid
+// launches nothing.
 template <class Params>
 void launch(void (*kernel)(Params), int64_t grid, int threads, int smem_bytes, cudaStream_t stream,
-            const Params& params, const char* what, Start start = Start::kAfterPrevious) {
+            const Params& params, const char* what, Start start = Start::kAfterPrevious,
+            int cluster = 1) {
   if (grid == 0) return;
   if (smem_bytes > 48 * 1024) {
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
         what);
   }
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (start == Start::kWithPrevious) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {unsigned(cluster), 1, 1};
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(grid));
   config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = size_t(smem_bytes);
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = start == Start::kWithPrevious ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check_cuda(cudaLaunchKernelEx(&config, kernel, params), what);
 }
 

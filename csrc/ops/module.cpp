@@ -67,6 +67,8 @@ py::list list_kernels() {
     kernel["threads"] = row.threads;
     kernel["smem_bytes"] = row.smem_bytes;
     kernel["persistent"] = row.persistent;
+    kernel["cluster"] = row.cluster;
+    kernel["max_keys"] = row.max_keys;
     kernels.append(kernel);
   }
   return kernels;

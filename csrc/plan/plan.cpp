@@ -18,6 +18,7 @@ constexpr int64_t kBytesPerElement = 2;  // fp16 and bf16
 constexpr int64_t kHeadsOfGroup = 16;
 constexpr int64_t kMostTilesOfHead = 32;
 constexpr int64_t kManyRounds = 7;
+constexpr int kTallestHeadByHead = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -30,11 +31,24 @@ void require_range(const char* what, int64_t value, int64_t low, int64_t high) {
   refuse(what, value, "at least " + std::to_string(low) + " and at most " + std::to_string(high));
 }
 
+bool is_masked(const Window& window) { return window.left >= 0 || window.right >= 0; }
+
+int64_t query_tiles(const KernelRow& row, const AttentionShape& shape) {
+  return ceil_div(shape.seqlen_q, row.tile_m);
+}
+
+// The thread blocks of a cluster work on tiles of one head, all of one length.
+bool clusters_fit(const KernelRow& row, const Problem& problem) {
+  return row.cluster == 1 ||
+         (!is_masked(problem.window) && query_tiles(row, problem.shape) % row.cluster == 0);
+}
+
 bool serves(const KernelRow& row, const Problem& problem, const DeviceLimits& device) {
   return row.direction == problem.direction && row.dtype == problem.dtype &&
          row.head_dim >= problem.shape.head_dim && row.head_dim_v >= problem.shape.head_dim_v &&
          (problem.family.empty() || problem.family == row.family) && row.min_arch <= device.arch &&
-         device.arch <= row.max_arch && row.smem_bytes <= device.smem_per_block_optin;
+         device.arch <= row.max_arch && row.smem_bytes <= device.smem_per_block_optin &&
+         problem.shape.seqlen_k <= row.max_keys && clusters_fit(row, problem);
 }
 
 // Columns of S = Q K^T and O = P V: what a pair of a query and a key costs the forward.
@@ -93,6 +107,15 @@ std::string refusal_reason(const KernelRow& row, const KernelRow* chosen, const 
     return "needs " + std::to_string(row.smem_bytes) + " bytes of shared memory, " + device.name +
            " gives a block " + std::to_string(device.smem_per_block_optin);
   }
+  if (row.max_keys < problem.shape.seqlen_k) {
+    return "serves seqlen_k <= " + std::to_string(row.max_keys) + ", the inputs have " +
+           std::to_string(problem.shape.seqlen_k);
+  }
+  if (!clusters_fit(row, problem)) {
+    if (is_masked(problem.window)) return "takes no mask";
+    return "takes " + std::to_string(row.cluster) + " tiles of a head at a time, the inputs have " +
+           std::to_string(query_tiles(row, problem.shape));
+  }
   const std::string fits = "fits, but " + chosen->name;
   if (padded_columns(row) > padded_columns(*chosen)) {
     return fits + " has smaller head_dim buckets (" + buckets_of(*chosen) + " < " +
@@ -148,7 +171,8 @@ int heads_of_group(const AttentionShape& shape, const Window& window, const Devi
 }
 
 // The same for a persistent grid, whose tiles are shared out beforehand. Tiles of different lengths
-// come out even head by head only where there are many of them and few a head. Else
+// come out even head by head only where there are many of them and few a head, and are worth it
+// only where the products are most of the work: not in the tall tiles of small head dims. Else
 // all heads go together, the longest tile of each first, or, where that is more than L2 holds,
 // groups of about 16 heads, of nearly equal size: still few enough for all thread blocks of one
 // head to take turns with what one of them read. docs/performance.md has the shares of idle time.
@@ -157,7 +181,9 @@ int heads_of_persistent_group(const AttentionShape& shape, const Window& window,
   const int64_t query_heads = std::max<int64_t>(int64_t{shape.batch} * shape.heads_q, 1);
   const int64_t tiles = ceil_div(shape.seqlen_q, tile_m);
   const int64_t rounds = tiles * query_heads / device.sm_count;
-  if (tiles_are_equal(window) || (tiles <= kMostTilesOfHead && rounds >= kManyRounds)) return 1;
+  const bool head_by_head =
+      tiles <= kMostTilesOfHead && rounds >= kManyRounds && tile_m <= kTallestHeadByHead;
+  if (tiles_are_equal(window) || head_by_head) return 1;
   if (rounds < kManyRounds) return static_cast<int>(query_heads);
   const int64_t group = shape.heads_q / shape.heads_k;
   int64_t heads = std::max<int64_t>(heads_that_share_l2(shape, device.l2_bytes),
@@ -271,7 +297,8 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
       count_blocks("seqlen_q", shape.seqlen_q, row.tile_m, int64_t{shape.batch} * shape.heads_q);
   plan.launch.smem_bytes = row.smem_bytes;
   if (problem.direction == Direction::kForward) {
-    plan.launch.grid = row.persistent ? std::min<int64_t>(row_blocks, device.sm_count) : row_blocks;
+    const int64_t resident = device.sm_count / row.cluster * row.cluster;
+    plan.launch.grid = row.persistent ? std::min(row_blocks, resident) : row_blocks;
     plan.heads_per_group =
         row.persistent ? heads_of_persistent_group(shape, problem.window, row.tile_m, device)
                        : heads_of_group(shape, problem.window, device);

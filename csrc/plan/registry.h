@@ -25,7 +25,8 @@ using ForwardLaunch = void (*)(const ForwardParams&, const LaunchConfig&, CUstre
 using BackwardLaunch = void (*)(const BackwardParams&, const LaunchConfig&, CUstream_st*);
 
 struct KernelRow {
-  std::string name;  // e.g. sm80_fwd_bf16_d128_128x64, sm90_fwd_bf16_d192_v128_128x128
+  std::string name;  // e.g. sm80_fwd_bf16_d128_128x64, sm90_fwd_bf16_d192_v128_128x128,
+                     // sm90_fwd_bf16_d128_128x128_x2
   std::string family;
   Direction direction;
   DType dtype;
@@ -37,7 +38,10 @@ struct KernelRow {
   int min_arch;    // 80: runs from sm_80 on; of two families that fit, the newer one wins
   int max_arch = std::numeric_limits<int>::max();  // 90: runs up to sm_90
   bool persistent = false;  // the grid has one thread block a multiprocessor at most
-  int preference;           // among rows of a family that fit, the lowest wins
+  int cluster = 1;          // thread blocks that load for each other: needs no mask, and tiles of
+                            // a head that divide by it
+  int max_keys = std::numeric_limits<int>::max();  // the longest seqlen_k it serves
+  int preference;  // among rows of a family that fit, the lowest wins
   // The launches enqueue every kernel of the pass (backward: pre-process, main, dQ post-process)
   // on the stream and throw std::runtime_error with CUDA's message when a launch fails. An empty
   // grid launches nothing.

@@ -19,9 +19,8 @@
 // Named barriers:
 //
 //   consumer(w)      128: consumer w alone
-//   SharedP          256: ConsumerSplit::kRoles; P's consumer arrives and dS's waits when the
-//   buffer
-//                    holds a step's P (kFull), and the reverse when P has been read (kEmpty)
+//   shared_p         256: ConsumerSplit::kRoles; the buffer holds a step's P: P's consumer arrives,
+//                    dS's waits
 #pragma once
 
 #include "barriers.h"
@@ -67,12 +66,12 @@ __device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
 __device__ __forceinline__ void sync_consumer(int consumer) {
   cutlass::arch::NamedBarrier::sync(kWarpGroupThreads, 1 + consumer);
 }
-enum class SharedP : int { kFull = 3, kEmpty = 4 };
-__device__ __forceinline__ void announce(SharedP event) {
-  cutlass::arch::NamedBarrier::arrive(kConsumers * kWarpGroupThreads, uint32_t(event));
+inline constexpr uint32_t kSharedPBarrier = 3;
+__device__ __forceinline__ void announce_p() {
+  cutlass::arch::NamedBarrier::arrive(kConsumers * kWarpGroupThreads, kSharedPBarrier);
 }
-__device__ __forceinline__ void wait_for(SharedP event) {
-  cutlass::arch::NamedBarrier::sync(kConsumers * kWarpGroupThreads, uint32_t(event));
+__device__ __forceinline__ void wait_for_p() {
+  cutlass::arch::NamedBarrier::sync(kConsumers * kWarpGroupThreads, kSharedPBarrier);
 }
 
 }  // namespace flash_attn2::sm90

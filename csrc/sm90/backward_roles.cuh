@@ -44,16 +44,16 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
 
   typename Base::AccDv acc_dv;
 
-  // Turns S^T into P^T, and shows it to the other consumer.
+  // Turns S^T into P^T, and shows it to the other consumer, which is known to have read the last
+  // one by its dS (wait_for_ds).
   __device__ __forceinline__ void finish_scores(int step, const QueryStep& at, AccS& acc) const {
     this->make_probabilities(step, at, acc);
     this->release_q(step);
-    if (step > 0) wait_for(SharedP::kEmpty);
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 4) {
       this->shared_p(i) = make_float4(acc(i), acc(i + 1), acc(i + 2), acc(i + 3));
     }
-    announce(SharedP::kFull);
+    announce_p();
   }
 
   // B5 and B7 of a step whose P^T is in `acc`, and, except in the last, B2 of the next one.
@@ -115,9 +115,8 @@ struct GradientConsumer : RoleConsumer<Traits> {
   // B4, B6 and B7 of a step whose dP^T is in `acc`, and, except in the last, B3 of the next one.
   template <bool kLast>
   __device__ __forceinline__ void take(int step, const QueryStep& at, AccS& acc) {
-    wait_for(SharedP::kFull);
+    wait_for_p();
     this->make_score_gradients(step, [&](int i) { return this->shared_p(i); }, acc);
-    if constexpr (!kLast) announce(SharedP::kEmpty);
     this->release_dout(step);
     auto ds = to_operand_a<Element, typename Base::MmaDk>(acc);
     this->store_score_gradients(ds, step);

@@ -6,8 +6,11 @@
 //   q_full[w]    1 (producer) + bytes        Q's 64 rows of group w are there  group w
 //   q_empty[w]   4 (warps of group w)        group w no longer needs them      producer
 //   k_full[s]    1 (producer) + bytes        stage s holds a block of K        every group
-//   k_empty[s]   4 * kGroups                 every group has read stage s      producer
+//   k_empty[s]   4 * kGroups * kCluster      every group has read stage s      producer
 //   v_full[s], v_empty[s]                    the same for V
+//
+// In a cluster a block of K or V is loaded by all producers, a part each, into every thread block.
+// So each part counts at every k_full[s], and every group arrives at every k_empty[s].
 //
 // A waiter of "full" starts with parity 0, a waiter of "empty" with parity 1 (the phase before the
 // first: buffers start empty). Each side counts the uses itself, see Ring.
@@ -33,7 +36,8 @@ using LoadBarrier = cutlass::arch::ClusterTransactionBarrier;
 inline constexpr int kWarpGroupThreads = 128;
 inline constexpr int kWarpsPerGroup = 4;
 
-template <int kGroups, int kStages>
+// kCluster: thread blocks whose consumers read what a thread block loads.
+template <int kGroups, int kStages, int kCluster>
 struct ForwardBarriers {
   LoadBarrier q_full[kGroups];
   Barrier q_empty[kGroups];
@@ -49,8 +53,8 @@ struct ForwardBarriers {
     for (int stage = 0; stage < kStages; ++stage) {
       k_full[stage].init(1);
       v_full[stage].init(1);
-      k_empty[stage].init(kWarpsPerGroup * kGroups);
-      v_empty[stage].init(kWarpsPerGroup * kGroups);
+      k_empty[stage].init(kWarpsPerGroup * kGroups * kCluster);
+      v_empty[stage].init(kWarpsPerGroup * kGroups * kCluster);
     }
     cutlass::arch::fence_barrier_init();
   }

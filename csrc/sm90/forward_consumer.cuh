@@ -32,6 +32,8 @@ struct ForwardConsumer {
   static constexpr int kTileN = Traits::kTileN, kGroupRows = Traits::kGroupRows;
   using AccS = decltype(partition_fragment_C(MmaS{}, cute::Shape<_64, Int<kTileN>>{}));
   using AccO = decltype(partition_fragment_C(MmaO{}, cute::Shape<_64, Int<Traits::kHeadDimV>>{}));
+  using AccOutPart = decltype(partition_fragment_C(typename Traits::MmaOutPart{},
+                                                   cute::Shape<_64, Int<Traits::kOutColumns>>{}));
   using P = decltype(make_tensor<Element>(operand_a_layout(typename AccS::layout_type{})));
   static constexpr int kRows = 2;  // of a tile, held by one thread
   using GroupTurns = Turns<Traits::kGroups>;
@@ -61,6 +63,15 @@ struct ForwardConsumer {
     if (thread % 32 == 0) empty.arrive();
   }
 
+  // The same, to every producer that fills the buffer.
+  __device__ __forceinline__ void release_block(Barrier& empty) const {
+    if constexpr (Traits::kCluster == 1) {
+      release(empty);
+    } else if (thread % 32 < Traits::kCluster) {
+      empty.arrive(thread % 32);
+    }
+  }
+
   // F2 to F5 for one key block, with F6 of the block before it (unless kFirst) under way:
   // S = Q K^T and O += P V are issued together, and the softmax of S runs while P V is computed.
   template <bool kFirst>
@@ -74,7 +85,7 @@ struct ForwardConsumer {
     GroupTurns::pass(group);
     warpgroup_wait<kFirst ? 0 : 1>();
     warpgroup_fence_operand(acc_s);
-    release(smem.barriers.k_empty[ring.stage()]);
+    release_block(smem.barriers.k_empty[ring.stage()]);
 
     auto scores = rows_columns(acc_s);
     if (visible.tile_needs_mask(row_begin, kGroupRows, block * kTileN, kTileN)) {
@@ -118,7 +129,7 @@ struct ForwardConsumer {
   __device__ __forceinline__ void finish_output(const Ring<Traits::kStages>& at) {
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc_out);
-    release(smem.barriers.v_empty[at.stage()]);
+    release_block(smem.barriers.v_empty[at.stage()]);
   }
 
   // Key blocks of the tile that no row of this group sees.
@@ -126,13 +137,13 @@ struct ForwardConsumer {
     CUTE_NO_UNROLL
     for (; blocks > 0; --blocks) {
       smem.barriers.k_full[ring.stage()].wait(ring.parity());
-      release(smem.barriers.k_empty[ring.stage()]);
+      release_block(smem.barriers.k_empty[ring.stage()]);
       {
         GroupTurns::wait(group);
         GroupTurns::pass(group);
       }
       smem.barriers.v_full[ring.stage()].wait(ring.parity());
-      release(smem.barriers.v_empty[ring.stage()]);
+      release_block(smem.barriers.v_empty[ring.stage()]);
       ++ring.use;
     }
   }
@@ -162,38 +173,41 @@ struct ForwardConsumer {
     scale_rows(out, inverse_sum);
 
     const AttentionShape& shape = arguments.params.shape;
-    const int lane = thread % 32, warp = thread / 32;
-    const int warp_row = row_begin + warp * Traits::kWarpRows;
     float* lse_head =
         arguments.params.lse + (int64_t(coord.batch) * shape.heads_q + coord.head) * shape.seqlen_q;
-    if (lane % 4 == 0) {  // one thread of each quad
+    if (thread % 4 == 0) {  // one thread of each quad
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
         const int row = row_begin + thread_row() + 8 * i;
-        if (row < shape.seqlen_q) lse_head[row] = lse[i];
+        if (row >= 0) lse_head[row] = lse[i];
       }
     }
 
-    if constexpr (Traits::kOwnOutBuffer) {
-      wait_for_store();
-    } else {
+    if constexpr (!Traits::kOwnOutBuffer) {
       sync_rows<Traits::kGroups>(group);  // all warps are done with Q
     }
+    auto rounded = make_tensor_like<Element>(acc_out);
+    round_to(acc_out, rounded);
+    const int lane = thread % 32, warp_row = thread / 32 * Traits::kWarpRows;
     Element* const tile = smem.out_tile(group);
     auto smem_out = as_position_independent_swizzle_tensor(
         make_tensor(make_smem_ptr(tile), typename Traits::LayoutOut{}));
-    auto rounded = make_tensor_like<Element>(acc_out);
-    round_to(acc_out, rounded);
+    using CopyAtom = Copy_Atom<SM90_U32x4_STSM_N, Element>;
     const auto copy_out =
-        make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, MmaO{}).get_thread_slice(thread);
-    copy(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, copy_out.retile_S(rounded),
-         copy_out.partition_D(smem_out));
-    tma_store_fence();
-    __syncwarp();
-    if (lane == 0) {
-      tma_store<kGroupRows, Traits::kHeadDimV>(
-          arguments.out, tile + warp * Traits::kWarpRows * kBoxColumns<Traits::kHeadDimV>,
-          {warp_row, coord.head, coord.batch});
+        make_tiled_copy_C(CopyAtom{}, typename Traits::MmaOutPart{}).get_thread_slice(thread);
+    CUTE_UNROLL
+    for (int i = 0; i < Traits::kOutParts; ++i) {
+      if constexpr (Traits::kOwnOutBuffer) wait_for_store();
+      const auto part =
+          make_tensor(rounded.data() + i * size(AccOutPart{}), typename AccOutPart::layout_type{});
+      copy(CopyAtom{}, copy_out.retile_S(part), copy_out.partition_D(smem_out));
+      tma_store_fence();
+      __syncwarp();
+      if (lane == 0) {
+        tma_store<kGroupRows, Traits::kOutColumns>(
+            arguments.out, tile + warp_row * kBoxColumns<Traits::kOutColumns>,
+            {row_begin + warp_row, coord.head, coord.batch, i * Traits::kOutColumns});
+      }
     }
   }
 
@@ -210,7 +224,7 @@ struct ForwardConsumer {
     smem.barriers.q_full[group].wait(q_parity);
     q_parity ^= 1;
     const BlockRange blocks = visible.key_blocks(row_begin, kGroupRows, kTileN);
-    if (row_begin < visible.seqlen_q && blocks.begin < blocks.end) {
+    if (row_begin > -kGroupRows && blocks.begin < blocks.end) {
       skip(tile.blocks.end - blocks.end);
       attend(row_begin, blocks);
       skip(blocks.begin - tile.blocks.begin);

@@ -18,7 +18,7 @@ void launch_forward(const ForwardParams& params, const LaunchConfig& config, CUs
   };
   const auto keys = [&](const TensorView& view, int columns, int box_columns) {
     return make_tensor_map(view, kDType, shape.batch, shape.seqlen_k, shape.heads_k, columns,
-                           Traits::kTileN, box_columns, params.out.ptr);
+                           Traits::kPartRows, box_columns, params.out.ptr);
   };
   ForwardArguments arguments;
   arguments.params = params;
@@ -28,7 +28,7 @@ void launch_forward(const ForwardParams& params, const LaunchConfig& config, CUs
   arguments.v = keys(params.v, shape.head_dim_v, kBoxV);
   arguments.out = queries(params.out, shape.head_dim_v, Traits::kWarpRows, kBoxV);
   launch(forward_kernel<Traits>, config.grid, Traits::kThreads, config.smem_bytes, stream,
-         arguments, "forward");
+         arguments, "forward", Start::kAfterPrevious, Traits::kCluster);
 }
 
 template <class Traits>
@@ -36,6 +36,9 @@ KernelRow forward_row(int preference) {
   KernelRow row = describe<Traits>("sm90", 90, Direction::kForward, preference);
   row.max_arch = 90;
   row.persistent = true;
+  row.max_keys = Traits::kMaxKeys;
+  row.cluster = Traits::kCluster;
+  if (row.cluster > 1) row.name += "_x" + std::to_string(row.cluster);
   row.forward = launch_forward<Traits>;
   return row;
 }

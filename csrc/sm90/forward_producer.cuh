@@ -33,13 +33,23 @@ struct ForwardProducer {
     q_parity ^= 1;
   }
 
+  template <int kColumns>
+  __device__ __forceinline__ static void load_block(const CUtensorMap& map, uint64_t* barrier,
+                                                    Element* target, const ForwardTile& tile,
+                                                    int block) {
+    const TmaCoord at = {block * Traits::kTileN, tile.head_k, tile.coord.batch};
+    if constexpr (Traits::kCluster == 1) {
+      tma_load<Traits::kTileN, kColumns>(map, barrier, target, at);
+    } else {
+      tma_load_for_all<Traits::kCluster, Traits::kTileN, kColumns>(map, barrier, target, at);
+    }
+  }
+
   __device__ __forceinline__ void load_k(const ForwardTile& tile, int block) {
     const int stage = ring_k.stage();
     uint64_t* barrier = open(smem.barriers.k_full[stage], smem.barriers.k_empty[stage],
                              ring_k.parity(), Traits::kKElements);
-    tma_load<Traits::kTileN, Traits::kHeadDim>(
-        arguments.k, barrier, smem.k[stage],
-        {block * Traits::kTileN, tile.head_k, tile.coord.batch});
+    load_block<Traits::kHeadDim>(arguments.k, barrier, smem.k[stage], tile, block);
     ++ring_k.use;
   }
 
@@ -47,9 +57,7 @@ struct ForwardProducer {
     const int stage = ring_v.stage();
     uint64_t* barrier = open(smem.barriers.v_full[stage], smem.barriers.v_empty[stage],
                              ring_v.parity(), Traits::kVElements);
-    tma_load<Traits::kTileN, Traits::kHeadDimV>(
-        arguments.v, barrier, smem.v[stage],
-        {block * Traits::kTileN, tile.head_k, tile.coord.batch});
+    load_block<Traits::kHeadDimV>(arguments.v, barrier, smem.v[stage], tile, block);
     ++ring_v.use;
   }
 

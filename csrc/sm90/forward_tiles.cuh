@@ -1,50 +1,58 @@
-// The tile table of the sm90 family. docs/performance.md has the measurements behind it.
+// The tile table of the sm90 forward: for every head dim the tiles in order of preference.
+// docs/performance.md has the measurements behind it.
 #pragma once
+
+#include <tuple>
 
 #include "forward_launch.cuh"
 
 namespace flash_attn2::sm90 {
 
 template <class Element, int kHeadDim, int kHeadDimV = kHeadDim>
-struct Tiles;
+struct ForwardTiles;
 
-// ForwardTraits: head_dim, tile_m, tile_n, V's head_dim where it differs. 192 rows are three
-// consumer warpgroups, for head dims that are bound by the exponentials; the output of the large
-// ones leaves registers for two.
+// ForwardTraits: head_dim, tile_m, tile_n, V's head_dim, thread blocks of a cluster, most keys. 192
+// rows are three consumer warpgroups, for head dims that are bound by the exponentials; the output
+// of the large ones leaves registers for two. Clusters are for tiles of one length (csrc/plan). 64
+// keys at head dim 256 leave room for the output beside Q.
 template <class Element>
-struct Tiles<Element, 64> {
-  using Forward = ForwardTraits<Element, 64, 192, 128>;
+struct ForwardTiles<Element, 64> {
+  using Rows = std::tuple<ForwardTraits<Element, 64, 192, 128>>;
 };
 template <class Element>
-struct Tiles<Element, 64, 128> {
-  using Forward = ForwardTraits<Element, 64, 128, 128, 128>;
+struct ForwardTiles<Element, 64, 128> {
+  using Rows = std::tuple<ForwardTraits<Element, 64, 128, 128, 128>>;
 };
 template <class Element>
-struct Tiles<Element, 96> {
-  using Forward = ForwardTraits<Element, 96, 192, 112>;
+struct ForwardTiles<Element, 96> {
+  using Rows = std::tuple<ForwardTraits<Element, 96, 192, 112>>;
 };
 template <class Element>
-struct Tiles<Element, 128> {
-  using Forward = ForwardTraits<Element, 128, 128, 128>;
+struct ForwardTiles<Element, 128> {
+  using Rows = std::tuple<ForwardTraits<Element, 128, 128, 128, 128, 2>,
+                          ForwardTraits<Element, 128, 128, 128>>;
 };
 template <class Element>
-struct Tiles<Element, 192, 128> {
-  using Forward = ForwardTraits<Element, 192, 128, 128, 128>;
+struct ForwardTiles<Element, 192, 128> {
+  using Rows = std::tuple<ForwardTraits<Element, 192, 128, 128, 128>>;
 };
 template <class Element>
-struct Tiles<Element, 192> {
-  using Forward = ForwardTraits<Element, 192, 128, 112>;
+struct ForwardTiles<Element, 192> {
+  using Rows = std::tuple<ForwardTraits<Element, 192, 128, 112>>;
 };
 template <class Element>
-struct Tiles<Element, 256> {
-  using Forward = ForwardTraits<Element, 256, 128, 80>;
+struct ForwardTiles<Element, 256> {
+  using Rows = std::tuple<ForwardTraits<Element, 256, 128, 64, 256, 1, 2048>,
+                          ForwardTraits<Element, 256, 128, 80, 256, 2>,
+                          ForwardTraits<Element, 256, 128, 80>>;
 };
 
-// Adds a head dim's row of the table to the registry. One a file, as in csrc/sm80.
-template <class Element, int kHeadDim, int kHeadDimV = kHeadDim>
+// Adds one row of the table to the registry; one a file.
+template <class Element, int kHeadDim, int kRow, int kHeadDimV = kHeadDim>
 struct RegisterForward {
   RegisterForward() {
-    RegisterKernel(forward_row<typename Tiles<Element, kHeadDim, kHeadDimV>::Forward>(0));
+    using Rows = typename ForwardTiles<Element, kHeadDim, kHeadDimV>::Rows;
+    RegisterKernel(forward_row<std::tuple_element_t<kRow, Rows>>(kRow));
   }
 };
 

@@ -1,6 +1,8 @@
 // Types and shared memory of one sm90 forward kernel.
 #pragma once
 
+#include <limits>
+
 #include "../core/params.h"
 #include "barriers.h"
 #include "gemm.cuh"
@@ -22,14 +24,20 @@ struct SmemAtom {
                                          GMMA::Layout_MN_SW64_Atom<Element>>;
 };
 
-template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, int kHeadDimV_ = kHeadDim_>
+template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, int kHeadDimV_ = kHeadDim_,
+          int kCluster_ = 1, int kMaxKeys_ = std::numeric_limits<int>::max()>
 struct ForwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;    // of Q and K
   static constexpr int kHeadDimV = kHeadDimV_;  // of V and the output
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
-  static constexpr int kStages = 2;  // blocks of K, and of V, in flight
+  static constexpr int kMaxKeys = kMaxKeys_;  // the plan takes other tiles for more
+  // Thread blocks that work on neighbouring tiles of a head and load a part of each block of K and
+  // V for all of them.
+  static constexpr int kCluster = kCluster_;
+  static constexpr int kPartRows = kTileN / kCluster;
+  static_assert(kPartRows % 8 == 0);  // whole swizzle atoms
 
   static constexpr int kGroupRows = 64;  // of S and the output, one wgmma's M
   static constexpr int kWarpRows = kGroupRows / kWarpsPerGroup;
@@ -49,6 +57,35 @@ struct ForwardTraits {
       GMMA::rs_op_selector<Element, Element, float, cute::Shape<_64, Int<kHeadDimV>, Int<kTileN>>,
                            GMMA::Major::K, GMMA::Major::MN>()));
 
+  static constexpr int kQElements = kGroupRows * kHeadDim;  // of one group
+  static constexpr int kKElements = kTileN * kHeadDim;      // of one stage
+  static constexpr int kVElements = kTileN * kHeadDimV;
+
+  // Blocks of K, and of V, in flight: three where there is room.
+  static constexpr bool fits(int stages, int out_columns) {
+    return (kGroups * (kQElements + kGroupRows * out_columns) +
+            stages * (kKElements + kVElements)) *
+                   int(sizeof(Element)) +
+               int(sizeof(ForwardBarriers<kGroups, 3, kCluster>)) <=
+           kMaxSmemBytes;
+  }
+  static constexpr int kStages = fits(3, kHeadDimV) ? 3 : 2;
+  // Where there is room, the output leaves from a buffer of its own, if need be in two halves of
+  // the columns, so that the next tile's Q arrives during the last products and the epilogue;
+  // elsewhere it takes Q's place.
+  static constexpr int kOutParts =
+      fits(kStages, kHeadDimV) || !fits(kStages, kHeadDimV / 2) ? 1 : 2;
+  static constexpr int kOutColumns = kHeadDimV / kOutParts;  // of a part
+  static constexpr bool kOwnOutBuffer = fits(kStages, kOutColumns);
+  static constexpr int kOutElements = kGroupRows * kOutColumns;
+  static_assert(kOwnOutBuffer || kOutElements <= kQElements);
+  static_assert(kBoxColumns<kOutColumns> == kBoxColumns<kHeadDimV>);  // one tensor map
+
+  using MmaOutPart =  // a product with the accumulators of a part
+      decltype(make_tiled_mma(GMMA::rs_op_selector<Element, Element, float,
+                                                   cute::Shape<_64, Int<kOutColumns>, Int<kTileN>>,
+                                                   GMMA::Major::K, GMMA::Major::MN>()));
+
   // Shared-memory tiles: slabs of one swizzle span of columns, see tma.cuh.
   using LayoutQ = decltype(tile_to_shape(typename SmemAtom<Element, kHeadDim>::RowMajor{},
                                          cute::Shape<Int<kGroupRows>, Int<kHeadDim>>{}));
@@ -59,23 +96,10 @@ struct ForwardTraits {
                              cute::Shape<Int<kHeadDimV>, Int<kTileN>, Int<kStages>>{},
                              Step<_2, _1, _3>{}));
   using LayoutOut = decltype(tile_to_shape(typename SmemAtom<Element, kHeadDimV>::RowMajor{},
-                                           cute::Shape<Int<kGroupRows>, Int<kHeadDimV>>{}));
+                                           cute::Shape<Int<kGroupRows>, Int<kOutColumns>>{}));
 
-  static constexpr int kQElements = kGroupRows * kHeadDim;  // of one group
-  static constexpr int kKElements = kTileN * kHeadDim;      // of one stage
-  static constexpr int kVElements = kTileN * kHeadDimV;
-  static constexpr int kOutElements = kGroupRows * kHeadDimV;
-
-  using Barriers = ForwardBarriers<kGroups, kStages>;
+  using Barriers = ForwardBarriers<kGroups, kStages, kCluster>;
   using Schedule = ForwardSchedule<kTileM, kTileN>;
-  static constexpr int kTileBytes =
-      (kGroups * kQElements + kStages * (kKElements + kVElements)) * int(sizeof(Element));
-  static constexpr int kOutBytes = kGroups * kOutElements * int(sizeof(Element));
-  // Where there is room, the output leaves from a buffer of its own, so that the next tile's Q
-  // arrives during the last products and the epilogue; elsewhere it takes Q's place.
-  static constexpr bool kOwnOutBuffer =
-      kTileBytes + kOutBytes + int(sizeof(Barriers)) <= kMaxSmemBytes;
-  static_assert(kOwnOutBuffer || kOutElements <= kQElements);
 
   struct SharedStorage {
     alignas(1024) Element q[kGroups][kQElements];
@@ -99,7 +123,7 @@ struct ForwardTraits {
 // The kernel's argument.
 struct ForwardArguments {
   ForwardParams params;
-  CUtensorMap q, k, v, out;  // boxes of 64 rows, kTileN rows, kTileN rows, 16 rows
+  CUtensorMap q, k, v, out;  // boxes of 64 rows, kPartRows rows, kPartRows rows, 16 rows
 };
 
 }  // namespace flash_attn2::sm90

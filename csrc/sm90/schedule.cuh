@@ -9,7 +9,7 @@ namespace flash_attn2::sm90 {
 struct ForwardTile {
   TileCoord coord;
   int head_k;
-  int row_begin;
+  int row_begin;      // negative in the first tile of a head whose length no tile divides
   BlockRange blocks;  // of keys that some row of the tile sees
 };
 
@@ -52,7 +52,9 @@ struct ForwardSchedule {
     const AttentionShape& shape = params.shape;
     tile.coord = forward_tile(index, blocks, shape.heads_q, shape.batch, params.heads_per_group);
     tile.head_k = tile.coord.head / (shape.heads_q / shape.heads_k);
-    tile.row_begin = tile.coord.block * kTileM;
+    // The tiles of a head end with its last row, so that it is the first tile, the shortest under a
+    // causal mask, that has rows to spare.
+    tile.row_begin = shape.seqlen_q - (blocks - tile.coord.block) * kTileM;
     tile.blocks = visible.key_blocks(tile.row_begin, kTileM, kTileN);
     return true;
   }

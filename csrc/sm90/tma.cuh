@@ -116,6 +116,22 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barri
   }
 }
 
+// The same for every thread block of a cluster: each loads the part of kRows / kCluster rows that
+// its rank names, into the same place of all, whose barriers at `barrier` count the bytes.
+template <int kCluster, int kRows, int kColumns, class Element>
+__device__ __forceinline__ void tma_load_for_all(const CUtensorMap& map, uint64_t* barrier,
+                                                 Element* smem, const TmaCoord& at) {
+  constexpr int kBox = kBoxColumns<kColumns>;
+  const int row = int(cute::block_rank_in_cluster()) * (kRows / kCluster);
+  CUTE_UNROLL
+  for (int column = 0; column < kColumns; column += kBox) {
+    cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&map, barrier, uint16_t((1 << kCluster) - 1),
+                                           uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                           smem + column * kRows + row * kBox, at.column + column,
+                                           at.row + row, at.head, at.batch);
+  }
+}
+
 // Starts the load of row `row` of a make_row_map.
 __device__ __forceinline__ void tma_load_row(const CUtensorMap& map, uint64_t* barrier, float* smem,
                                              int row) {

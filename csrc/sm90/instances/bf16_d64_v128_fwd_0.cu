@@ -1,5 +1,5 @@
 #include "../forward_tiles.cuh"
 
 namespace flash_attn2::sm90 {
-static const RegisterForward<cutlass::bfloat16_t, 64, 128> row;
+static const RegisterForward<cutlass::bfloat16_t, 64, 0, 128> row;
 }  // namespace flash_attn2::sm90
