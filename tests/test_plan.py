@@ -628,8 +628,9 @@ def test_kernel_names_say_what_they_are():
     short = {"forward": "fwd", "backward": "bwd", "float16": "fp16", "bfloat16": "bf16"}
     for name, row in KERNELS.items():
         value = f"_v{row['head_dim_v']}" if row["head_dim_v"] != row["head_dim"] else ""
+        cluster = f"_x{row['cluster']}" if row["cluster"] > 1 else ""
         assert name == (
             f"{row['family']}_{short[row['direction']]}_{short[row['dtype']]}_d{row['head_dim']}"
-            f"{value}_{row['tile_m']}x{row['tile_n']}"
+            f"{value}_{row['tile_m']}x{row['tile_n']}{cluster}"
         )
         assert row["threads"] % 32 == 0 and row["smem_bytes"] > 0

@@ -179,7 +179,7 @@ struct ForwardConsumer {
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
         const int row = row_begin + thread_row() + 8 * i;
-        if (row >= 0) lse_head[row] = lse[i];
+        if (row >= 0 && row < shape.seqlen_q) lse_head[row] = lse[i];
       }
     }
 
@@ -203,7 +203,7 @@ struct ForwardConsumer {
       copy(CopyAtom{}, copy_out.retile_S(part), copy_out.partition_D(smem_out));
       tma_store_fence();
       __syncwarp();
-      if (lane == 0) {
+      if (lane == 0 && row_begin + warp_row >= 0) {
         tma_store<kGroupRows, Traits::kOutColumns>(
             arguments.out, tile + warp_row * kBoxColumns<Traits::kOutColumns>,
             {row_begin + warp_row, coord.head, coord.batch, i * Traits::kOutColumns});

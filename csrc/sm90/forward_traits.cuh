@@ -99,7 +99,7 @@ struct ForwardTraits {
                                            cute::Shape<Int<kGroupRows>, Int<kOutColumns>>{}));
 
   using Barriers = ForwardBarriers<kGroups, kStages, kCluster>;
-  using Schedule = ForwardSchedule<kTileM, kTileN>;
+  using Schedule = ForwardSchedule<kTileM, kTileN, kWarpRows>;
 
   struct SharedStorage {
     alignas(1024) Element q[kGroups][kQElements];

@@ -9,7 +9,7 @@ namespace flash_attn2::sm90 {
 struct ForwardTile {
   TileCoord coord;
   int head_k;
-  int row_begin;      // negative in the first tile of a head whose length no tile divides
+  int row_begin;      // may be negative, see next()
   BlockRange blocks;  // of keys that some row of the tile sees
 };
 
@@ -21,7 +21,7 @@ struct ForwardTile {
 // is not enough. Groups alternate, too: longest tile first in the last one, backwards in the one
 // before, so that lengths change slowly from round to round, also from group to group, and the
 // last tiles are short.
-template <int kTileM, int kTileN>
+template <int kTileM, int kTileN, int kWarpRows>
 struct ForwardSchedule {
   const ForwardParams& params;
   const VisibleKeys visible;
@@ -53,8 +53,9 @@ struct ForwardSchedule {
     tile.coord = forward_tile(index, blocks, shape.heads_q, shape.batch, params.heads_per_group);
     tile.head_k = tile.coord.head / (shape.heads_q / shape.heads_k);
     // The tiles of a head end with its last row, so that it is the first tile, the shortest under a
-    // causal mask, that has rows to spare.
-    tile.row_begin = shape.seqlen_q - (blocks - tile.coord.block) * kTileM;
+    // causal mask, that has rows to spare. Whole warps of them: no store may start before row 0.
+    const int end = ceil_div(shape.seqlen_q, kWarpRows) * kWarpRows;
+    tile.row_begin = end - (blocks - tile.coord.block) * kTileM;
     tile.blocks = visible.key_blocks(tile.row_begin, kTileM, kTileN);
     return true;
   }
