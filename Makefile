@@ -73,8 +73,8 @@ SMALL_CALLS = $(PY) tools/sanitize_target.py $(SANITIZE_ARGS)
 sanitize: extension
 	$(SANITIZE) memcheck $(SMALL_CALLS)
 	$(SANITIZE) synccheck $(SMALL_CALLS)
-	# Of sm90, racecheck reports P of ConsumerSplit::kRoles: not the writes before bar.arrive, which it
-	# orders, but the reads before it.
+	# Of sm90, racecheck reports P of ConsumerSplit::kRoles, whose reads come before the next writes by
+	# way of dS; docs/performance.md.
 	$(SANITIZE) racecheck $(SMALL_CALLS) sm80
 
 fuzz: extension
