@@ -42,6 +42,15 @@ def fp64_forward(inputs, case):
         return plain_attention(q, k, v, case.softmax_scale, case.window)
 
 
+def check(case, dtype):
+    inputs = random_inputs(case, dtype, "cuda")
+    out, lse = run_forward(inputs, case)
+    ref, ref_lse = fp64_forward(inputs, case)
+    rounded = rounded_result(inputs, case.softmax_scale, case.window)
+    assert_near(out, ref, rounded.out, f"{case}: out")
+    assert_lse_near(lse, ref_lse)
+
+
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("mask", ["full", "causal"])
 @pytest.mark.parametrize("lengths", YARDSTICK_LENGTHS, ids=str)
@@ -65,12 +74,7 @@ def test_lengths(head_dims, seqlen_q, mask):
     d, dv = head_dims
     for seqlen_k in EDGE_LENGTHS:
         case = Case(seqlen_q, seqlen_k, head_dim=d, head_dim_v=dv, mask=mask).with_enough_rows()
-        inputs = random_inputs(case, torch.bfloat16, "cuda")
-        out, lse = run_forward(inputs, case)
-        ref, ref_lse = fp64_forward(inputs, case)
-        rounded = rounded_result(inputs, case.softmax_scale, case.window)
-        assert_near(out, ref, rounded.out, f"{case}: out")
-        assert_lse_near(lse, ref_lse)
+        check(case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window"])
@@ -80,12 +84,7 @@ def test_lengths_with_many_keys(head_dim, seqlen_q, mask):
     """Some kernels serve up to 2048 keys, some take pairs of query tiles where there is no mask."""
     for seqlen_k in (2047, 2048, 2049, 2200):
         case = Case(seqlen_q, seqlen_k, head_dim=head_dim, mask=mask).with_enough_rows()
-        inputs = random_inputs(case, torch.bfloat16, "cuda")
-        out, lse = run_forward(inputs, case)
-        ref, ref_lse = fp64_forward(inputs, case)
-        rounded = rounded_result(inputs, case.softmax_scale, case.window)
-        assert_near(out, ref, rounded.out, f"{case}: out")
-        assert_lse_near(lse, ref_lse)
+        check(case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
@@ -94,12 +93,7 @@ def test_head_dims(head_dim, dtype):
     """Also those between the buckets, whose last columns a kernel has to leave alone."""
     for mask in ("full", "causal"):
         case = Case(200, 300, 4, 2, head_dim=head_dim, mask=mask)
-        inputs = random_inputs(case, dtype, "cuda")
-        out, lse = run_forward(inputs, case)
-        ref, ref_lse = fp64_forward(inputs, case)
-        rounded = rounded_result(inputs, case.softmax_scale, case.window)
-        assert_near(out, ref, rounded.out, f"{case}: out")
-        assert_lse_near(lse, ref_lse)
+        check(case, dtype)
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2), (6, 1)], ids=str)
@@ -108,12 +102,7 @@ def test_head_dims(head_dim, dtype):
 def test_head_dim_of_v(pair, dtype, heads):
     for mask in ("full", "causal", "window"):
         case = Case(300, 500, *heads, head_dim=pair[0], head_dim_v=pair[1], mask=mask)
-        inputs = random_inputs(case, dtype, "cuda")
-        out, lse = run_forward(inputs, case)
-        ref, ref_lse = fp64_forward(inputs, case)
-        rounded = rounded_result(inputs, case.softmax_scale, case.window)
-        assert_near(out, ref, rounded.out, f"{case}: out")
-        assert_lse_near(lse, ref_lse)
+        check(case, dtype)
 
 
 @pytest.mark.parametrize("pair", [(72, 72), (72, 40), (168, 104), (40, 104)], ids=str)

@@ -50,11 +50,8 @@ def lengths(family: str, d: int, dv: int) -> list[int]:
 
 def check_family(family: str, quick: bool) -> None:
     """Calls every dtype and pair of head dims of the build; ends the process at a wrong result."""
-    variants = (
-        [(False, False), (True, True)]
-        if quick
-        else [*itertools.product((False, True), (False, True))]
-    )
+    both = [(False, False), (True, True)]
+    variants = both if quick else list(itertools.product((False, True), repeat=2))
     info = build_info()
     for dtype, (d, dv), (causal, deterministic) in itertools.product(
         info["dtypes"], info["head_dim_pairs"], variants

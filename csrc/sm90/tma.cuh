@@ -2,7 +2,8 @@
 // tensor as coordinates (column, row, head, batch) and moves boxes of kBoxColumns columns, one
 // swizzle span, so a tile of head_dim columns is a row of slabs, each (rows, kBoxColumns).
 // Out of bounds, loads fill zeros and stores write nothing: rows past the sequence's end never
-// reach the next sequence, and a head_dim below the kernel's bucket needs no other care.
+// reach the next sequence, and a head_dim below the kernel's bucket needs no other care. A load may
+// start at a negative row, a store may not.
 #pragma once
 
 #include <cuda.h>
