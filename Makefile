@@ -5,7 +5,7 @@
 # the GPUs of this machine, or skip it where there is none. Further:
 #   make build    the CUDA extension, in place (FLASH_ATTN2_ARCHS, FLASH_ATTN2_FILTER: see README.md)
 #   make lint     ruff and clang-format, as checks;  make format  applies them
-#   make sanitize compute-sanitizer over small calls (memcheck, synccheck; of sm80 racecheck); on a GPU
+#   make sanitize compute-sanitizer over small calls (memcheck, synccheck, racecheck); on a GPU
 #   make fuzz     random problems against plain attention, 10,000 of them; on a GPU
 #   make clean    removes what was built;  make distclean  the environment and fetched headers too
 #
@@ -73,9 +73,7 @@ SMALL_CALLS = $(PY) tools/sanitize_target.py $(SANITIZE_ARGS)
 sanitize: extension
 	$(SANITIZE) memcheck $(SMALL_CALLS)
 	$(SANITIZE) synccheck $(SMALL_CALLS)
-	# Of sm90, racecheck reports P of ConsumerSplit::kRoles, whose reads come before the next writes by
-	# way of dS; docs/performance.md.
-	$(SANITIZE) racecheck $(SMALL_CALLS) sm80
+	$(SANITIZE) racecheck $(SMALL_CALLS)
 
 fuzz: extension
 	$(RUN) tools/fuzz_kernels.py $(FUZZ_ARGS)

@@ -1,7 +1,7 @@
 """Small forward and backward calls of every kernel row that this GPU takes, for compute-sanitizer.
 
-`make sanitize` runs it under memcheck and synccheck, and sm80 under racecheck. It also compares
-with the CPU path, so that a sanitizer that skips the kernels cannot pass. By hand, for example:
+`make sanitize` runs it under memcheck, synccheck and racecheck. It also compares with the CPU path,
+so that a sanitizer that skips the kernels cannot pass. By hand, for example:
 
     compute-sanitizer --tool racecheck python tools/sanitize_target.py --quick sm90
 """

@@ -1,5 +1,5 @@
 // Every barrier of the sm90 backward: who arrives, who waits, how often. All are mbarriers but one;
-// a consumer warp arrives with one lane.
+// a consumer warp arrives with one lane, except at ds_full in ConsumerSplit::kRoles.
 //
 //   barrier          arrivals a phase       completes when                       who waits
 //   k_full, v_full   1 (producer) + bytes   K, V are there                       consumers
@@ -7,14 +7,15 @@
 //   dout_full[s]     1 (producer) + bytes   stage s holds dO and delta           consumers
 //   q_empty[s]       8 (consumer warps)     Q and LSE of the step are used       producer
 //   dout_empty[s]    8 (consumer warps)     dO and delta of the step are used    producer
-//   ds_full[b]       4 * kDsWriters         buffer b holds a step's dS           consumers
+//   ds_full[b]       8; kRoles: 128         buffer b holds a step's dS           consumers
 //   done             8 (consumer warps)     nobody reads K and V any more        consumers
 //   turn_come        1 (turn taker)         the step's dQ may be added           consumers
 //   turn_used        8 (consumer warps)     the step's dQ is added               turn passer
 //   turn_seen        1 (turn passer)        ... and the passer has seen it       turn taker
 //
 // The last three are for deterministic mode. A buffer of dS needs no barrier for its release, see
-// kScoreBuffers.
+// kScoreBuffers. In kRoles it also says that P has been read: each thread arrives after its own
+// reads, as racecheck does not follow them through __syncwarp to the arrival of another lane.
 //
 // Named barriers:
 //
@@ -29,8 +30,7 @@ namespace flash_attn2::sm90 {
 
 inline constexpr int kConsumers = 2;
 
-// kDsWriters: consumers that write to a step's dS.
-template <int kStages, int kScoreBuffers, int kDsWriters>
+template <int kStages, int kScoreBuffers, int kDsArrivals>
 struct BackwardBarriers {
   LoadBarrier k_full, v_full, q_full[kStages], dout_full[kStages];
   Barrier q_empty[kStages], dout_empty[kStages], ds_full[kScoreBuffers];
@@ -47,7 +47,7 @@ struct BackwardBarriers {
       q_empty[i].init(kConsumerWarps);
       dout_empty[i].init(kConsumerWarps);
     }
-    for (int i = 0; i < kScoreBuffers; ++i) ds_full[i].init(kDsWriters * kWarpsPerGroup);
+    for (int i = 0; i < kScoreBuffers; ++i) ds_full[i].init(kDsArrivals);
     done.init(kConsumerWarps);
     turn_come.init(1);
     turn_used.init(kConsumerWarps);

@@ -151,7 +151,12 @@ struct BackwardConsumer {
       store_block<SM90_U16x8_STSM_T>(ds, block, target + 16 * block * kBoxColumns<kTileN>);
     }
     cutlass::arch::fence_view_async_shared();
-    arrive_as_warp(smem.barriers.ds_full[Scores{uint32_t(step)}.stage()]);
+    Barrier& full = smem.barriers.ds_full[Scores{uint32_t(step)}.stage()];
+    if constexpr (Traits::kSplitKeys) {
+      arrive_as_warp(full);
+    } else {
+      full.arrive();
+    }
   }
   __device__ __forceinline__ void wait_for_ds(int step) const {
     const Scores ring{uint32_t(step)};

@@ -47,6 +47,7 @@ struct BackwardTraits {
   // dS of step n - 1 (kKeys) or P of step n (kRoles). The other one has then finished dQ of step
   // n - 3, which ran one step late, or of step n - 2.
   static constexpr int kScoreBuffers = kSplitKeys ? 3 : 2;
+  static constexpr int kDsArrivals = kSplitKeys ? kConsumers * kWarpsPerGroup : kWarpGroupThreads;
 
   static constexpr int kBoxK = kBoxColumns<kDqColumns>;  // of K and dK: dQ takes whole slabs
 
@@ -64,7 +65,7 @@ struct BackwardTraits {
     alignas(128) float p[kSplitKeys ? 1 : kTileM * kTileN];
     alignas(128) float lse[kStages][kTileM];
     alignas(128) float delta[kStages][kTileM];
-    BackwardBarriers<kStages, kScoreBuffers, kSplitKeys ? kConsumers : 1> barriers;
+    BackwardBarriers<kStages, kScoreBuffers, kDsArrivals> barriers;
     int index;  // the thread block's place in the grid
   };
   static constexpr int kSmemBytes = int(sizeof(SharedStorage));
