@@ -3,19 +3,21 @@
 //
 //   barrier          arrivals a phase       completes when                       who waits
 //   k_full, v_full   1 (producer) + bytes   K, V are there                       consumers
-//   q_full[s]        1 (producer) + bytes   stage s holds Q and LSE              consumers
+//   q_full[s]        1 (producer) + bytes   stage s holds Q, LSE and their tile  consumers
 //   dout_full[s]     1 (producer) + bytes   stage s holds dO and delta           consumers
 //   q_empty[s]       8 (consumer warps)     Q and LSE of the step are used       producer
 //   dout_empty[s]    8 (consumer warps)     dO and delta of the step are used    producer
+//   p_full[b]        8 (consumer warps)     buffer b holds P; kColumns only      consumers
 //   ds_full[b]       8; kRoles: 128         buffer b holds a step's dS           consumers
 //   done             8 (consumer warps)     nobody reads K and V any more        consumers
 //   turn_come        1 (turn taker)         the step's dQ may be added           consumers
 //   turn_used        8 (consumer warps)     the step's dQ is added               turn passer
 //   turn_seen        1 (turn passer)        ... and the passer has seen it       turn taker
 //
-// The last three are for deterministic mode. A buffer of dS needs no barrier for its release, see
-// kScoreBuffers. In kRoles it also says that P has been read: each thread arrives after its own
-// reads, as racecheck does not follow them through __syncwarp to the arrival of another lane.
+// The last three are for deterministic mode. Buffers of P and dS need no barrier for their release,
+// see kScoreBuffers. In kRoles ds_full also says that P has been read: each thread arrives after
+// its own reads, as racecheck does not follow them through __syncwarp to the arrival of another
+// lane.
 //
 // Named barriers:
 //
@@ -30,10 +32,11 @@ namespace flash_attn2::sm90 {
 
 inline constexpr int kConsumers = 2;
 
-template <int kStages, int kScoreBuffers, int kDsArrivals>
+template <int kStages, int kDoutStages, int kScoreBuffers, int kDsArrivals>
 struct BackwardBarriers {
-  LoadBarrier k_full, v_full, q_full[kStages], dout_full[kStages];
-  Barrier q_empty[kStages], dout_empty[kStages], ds_full[kScoreBuffers];
+  LoadBarrier k_full, v_full, q_full[kStages], dout_full[kDoutStages];
+  Barrier q_empty[kStages], dout_empty[kDoutStages];
+  Barrier p_full[kScoreBuffers], ds_full[kScoreBuffers];
   Barrier done, turn_come, turn_used, turn_seen;
 
   // By one thread, before any use; __syncthreads afterwards.
@@ -43,11 +46,16 @@ struct BackwardBarriers {
     v_full.init(1);
     for (int i = 0; i < kStages; ++i) {
       q_full[i].init(1);
-      dout_full[i].init(1);
       q_empty[i].init(kConsumerWarps);
+    }
+    for (int i = 0; i < kDoutStages; ++i) {
+      dout_full[i].init(1);
       dout_empty[i].init(kConsumerWarps);
     }
-    for (int i = 0; i < kScoreBuffers; ++i) ds_full[i].init(kDsArrivals);
+    for (int i = 0; i < kScoreBuffers; ++i) {
+      p_full[i].init(kConsumerWarps);
+      ds_full[i].init(kDsArrivals);
+    }
     done.init(kConsumerWarps);
     turn_come.init(1);
     turn_used.init(kConsumerWarps);

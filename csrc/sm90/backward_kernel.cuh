@@ -7,6 +7,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "backward_columns.cuh"
 #include "backward_keys.cuh"
 #include "backward_producer.cuh"
 #include "backward_roles.cuh"
@@ -47,8 +48,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     const BackwardWork<Traits> work(params, index);
-    if constexpr (Traits::kSplitKeys) {
+    if constexpr (Traits::kSplit == ConsumerSplit::kKeys) {
       KeysConsumer<Traits>(arguments, smem, work, group - 1).run();
+    } else if constexpr (Traits::kSplit == ConsumerSplit::kColumns) {
+      ColumnsConsumer<Traits>(arguments, smem, work, group - 1).run();
     } else if (group == 1) {
       ProbabilityConsumer<Traits>(arguments, smem, work, 0).run();
     } else {

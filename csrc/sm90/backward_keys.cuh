@@ -1,28 +1,29 @@
 // ConsumerSplit::kKeys: each consumer owns 64 of the tile's keys.
 #pragma once
 
-#include "backward_consumer.cuh"
+#include "backward_registers.cuh"
 
 namespace flash_attn2::sm90 {
 
 template <class Traits>
-struct KeysConsumer : BackwardConsumer<Traits> {
-  using Base = BackwardConsumer<Traits>;
+struct KeysConsumer : RegisterConsumer<Traits> {
+  using Base = RegisterConsumer<Traits>;
   using Base::Base, Base::smem, Base::work;
   using typename Base::AccDq, typename Base::AccS, typename Base::Element;
 
   typename Base::AccDk acc_dk;
   typename Base::AccDv acc_dv;
 
-  // B2 to B7 for one query block. dQ is that of the step before, `last` (none before the first
-  // step): by now the other consumer has stored its dS.
+  // B2 to B7 for one query tile; returns its index. dQ is that of the step before, of the tile
+  // `last_tile` (none before the first step): by now the other consumer has stored its dS.
   template <bool kFirst>
-  __device__ __forceinline__ void take(int step, const QueryStep& last, const QueryStep& at) {
+  __device__ __forceinline__ int take(int step, int last_tile) {
     AccS acc_p, acc_ds;
     this->start_scores(step, acc_p);
     this->start_dp(step, acc_ds);
+    const int tile = this->query_tile(step).index;
     finish_gemm<1>(acc_p);
-    this->make_probabilities(step, at, acc_p);
+    this->make_probabilities(step, acc_p);
     finish_gemm<0>(acc_ds);
     this->make_score_gradients(
         step,
@@ -40,29 +41,25 @@ struct KeysConsumer : BackwardConsumer<Traits> {
     this->start_dk(ds, step, acc_dk);
     if constexpr (!kFirst) {
       finish_gemm<2>(acc_dq);
-      this->add_dq(step - 1, last, 0, acc_dq);
+      this->add_dq(step - 1, last_tile, 0, acc_dq);
     }
     finish_gemm<0>(acc_dv, acc_dk);
     this->release_q(step);
     this->release_dout(step);
+    return tile;
   }
 
   __device__ __forceinline__ void walk() {
     smem.barriers.k_full.wait(0);
     smem.barriers.v_full.wait(0);
-    QueryStep at = QueryStep::first(work);
-    take<true>(0, at, at);
+    int tile = take<true>(0, 0);
     CUTE_NO_UNROLL
-    for (int step = 1; step < work.steps; ++step) {
-      const QueryStep last = at;
-      at = at.next(work);
-      take<false>(step, last, at);
-    }
+    for (int step = 1; step < work.steps; ++step) tile = take<false>(step, tile);
     AccDq acc_dq;
     this->wait_for_ds(work.steps - 1);
     this->start_dq(work.steps - 1, 0, acc_dq);
     finish_gemm<0>(acc_dq);
-    this->add_dq(work.steps - 1, at, 0, acc_dq);
+    this->add_dq(work.steps - 1, tile, 0, acc_dq);
   }
 
   __device__ __forceinline__ void run() {

@@ -25,8 +25,9 @@ BackwardArguments backward_arguments(const BackwardParams& params) {
   arguments.k = keys(params.k, shape.head_dim, Traits::kTileN, Traits::kBoxK);
   arguments.v = keys(params.v, shape.head_dim_v, Traits::kTileN, kBoxColumns<Traits::kHeadDimV>);
   arguments.dout = queries(params.dout, shape.head_dim_v, kBoxColumns<Traits::kHeadDimV>);
-  arguments.dk = keys(params.dk, shape.head_dim, Traits::kKeys, Traits::kBoxK);
-  arguments.dv = keys(params.dv, shape.head_dim_v, Traits::kKeys, kBoxColumns<Traits::kHeadDimV>);
+  arguments.dk = keys(params.dk, shape.head_dim, Traits::kGradientKeys, Traits::kBoxK);
+  arguments.dv =
+      keys(params.dv, shape.head_dim_v, Traits::kGradientKeys, kBoxColumns<Traits::kHeadDimV>);
   const int64_t query_tiles =
       int64_t(shape.batch) * shape.heads_q * ceil_div(shape.seqlen_q, Traits::kTileM);
   arguments.lse = make_row_map(params.lse_log2, query_tiles, Traits::kTileM, params.k.ptr);

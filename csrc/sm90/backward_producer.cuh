@@ -31,25 +31,23 @@ struct BackwardProducer {
         arguments.v, open(smem.barriers.v_full, sizeof(smem.v)), smem.v,
         {work.key_begin, work.coord.head, work.coord.batch});
   }
-  __device__ __forceinline__ void load_q(const QueryStep& at, int stage) const {
+  // Also L of the rows, and where they are.
+  __device__ __forceinline__ void load_q(int step, const QueryTile& tile, int head) const {
+    const int stage = Ring<Traits::kStages>{uint32_t(step)}.stage();
+    smem.tile[stage] = tile;
     uint64_t* full = open(smem.barriers.q_full[stage], sizeof(smem.q[0]) + sizeof(smem.lse[0]));
-    tma_load<Traits::kTileM, Traits::kHeadDim>(
-        arguments.q, full, smem.q[stage], {at.block * Traits::kTileM, at.head, work.coord.batch});
-    load_row(arguments.lse, full, smem.lse[stage], at);
+    tma_load<Traits::kTileM, Traits::kHeadDim>(arguments.q, full, smem.q[stage],
+                                               {tile.row_begin, head, work.coord.batch});
+    tma_load_row(arguments.lse, full, smem.lse[stage], tile.index);
   }
-  __device__ __forceinline__ void load_dout(const QueryStep& at, int stage) const {
+  // Also D of the rows.
+  __device__ __forceinline__ void load_dout(int step, const QueryTile& tile, int head) const {
+    const int stage = Ring<Traits::kDoutStages>{uint32_t(step)}.stage();
     uint64_t* full =
         open(smem.barriers.dout_full[stage], sizeof(smem.dout[0]) + sizeof(smem.delta[0]));
-    tma_load<Traits::kTileM, Traits::kHeadDimV>(
-        arguments.dout, full, smem.dout[stage],
-        {at.block * Traits::kTileM, at.head, work.coord.batch});
-    load_row(arguments.delta, full, smem.delta[stage], at);
-  }
-  // L or D of the step's rows.
-  __device__ __forceinline__ void load_row(const CUtensorMap& map, uint64_t* full, float* target,
-                                           const QueryStep& at) const {
-    tma_load_row(map, full, target,
-                 int(query_tile<Traits>(arguments.params, work.coord.batch, at)));
+    tma_load<Traits::kTileM, Traits::kHeadDimV>(arguments.dout, full, smem.dout[stage],
+                                                {tile.row_begin, head, work.coord.batch});
+    tma_load_row(arguments.delta, full, smem.delta[stage], tile.index);
   }
 
   __device__ __forceinline__ void run() const {
@@ -60,16 +58,15 @@ struct BackwardProducer {
     wait_for_previous_kernel();  // which makes L and D, and zeroes dQ
     if (work.steps == 0) return;
     QueryStep at = QueryStep::first(work);
-    load_q(at, 0);
-    load_dout(at, 0);
     CUTE_NO_UNROLL
-    for (int step = 1; step < work.steps; ++step) {
-      at = at.next(work);
+    for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
+      const QueryTile tile = query_tile<Traits>(arguments.params, work.coord.batch, at);
       const Ring<Traits::kStages> ring{uint32_t(step)};
       smem.barriers.q_empty[ring.stage()].wait(ring.parity() ^ 1);
-      load_q(at, ring.stage());
-      smem.barriers.dout_empty[ring.stage()].wait(ring.parity() ^ 1);
-      load_dout(at, ring.stage());
+      load_q(step, tile, at.head);
+      const Ring<Traits::kDoutStages> dout_ring{uint32_t(step)};
+      smem.barriers.dout_empty[dout_ring.stage()].wait(dout_ring.parity() ^ 1);
+      load_dout(step, tile, at.head);
     }
   }
 
@@ -78,7 +75,8 @@ struct BackwardProducer {
   // consumers never stall for the polling, nor the next turn for the fence, which waits for the
   // adds to arrive.
   __device__ __forceinline__ int* counter(const QueryStep& at) const {
-    return arguments.params.dq_turn + query_tile<Traits>(arguments.params, work.coord.batch, at);
+    return arguments.params.dq_turn +
+           query_tile<Traits>(arguments.params, work.coord.batch, at).index;
   }
 
   // Tells the consumers when a step's turn has come.

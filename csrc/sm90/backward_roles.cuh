@@ -7,31 +7,26 @@
 // step fall under the other's products of the step before.
 #pragma once
 
-#include "backward_consumer.cuh"
+#include "backward_registers.cuh"
 
 namespace flash_attn2::sm90 {
 
 template <class Traits>
-struct RoleConsumer : BackwardConsumer<Traits> {
-  using Base = BackwardConsumer<Traits>;
+struct RoleConsumer : RegisterConsumer<Traits> {
+  using Base = RegisterConsumer<Traits>;
   using Base::Base, Base::smem, Base::work, Base::thread;
   using typename Base::AccDq, typename Base::AccS, typename Base::Element;
+  static_assert(Traits::kDqParts == 1);
 
   // This thread's values i to i + 3 of the step's P^T.
   __device__ __forceinline__ float4& shared_p(int i) const {
     return *reinterpret_cast<float4*>(smem.p + (i * kWarpGroupThreads + thread * 4));
   }
 
-  // B7, the part `dq_part` of which is under way.
-  __device__ __forceinline__ void finish_dq(int step, const QueryStep& at, AccDq& acc_dq) const {
+  // B7, which is under way.
+  __device__ __forceinline__ void finish_dq(int step, int tile, AccDq& acc_dq) const {
     finish_gemm<0>(acc_dq);
-    this->add_dq(step, at, 0, acc_dq);
-    CUTE_UNROLL
-    for (int dq_part = 1; dq_part < Traits::kDqParts; ++dq_part) {
-      this->start_dq(step, dq_part, acc_dq);
-      finish_gemm<0>(acc_dq);
-      this->add_dq(step, at, dq_part, acc_dq);
-    }
+    this->add_dq(step, tile, 0, acc_dq);
   }
 };
 
@@ -45,53 +40,51 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
   typename Base::AccDv acc_dv;
 
   // Turns S^T into P^T, and shows it to the other consumer, which is known to have read the last
-  // one by its dS (wait_for_ds).
-  __device__ __forceinline__ void finish_scores(int step, const QueryStep& at, AccS& acc) const {
-    this->make_probabilities(step, at, acc);
+  // one by its dS (wait_for_ds). Returns the index of the query tile.
+  __device__ __forceinline__ int finish_scores(int step, AccS& acc) const {
+    this->make_probabilities(step, acc);
+    const int tile = this->query_tile(step).index;
     this->release_q(step);
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 4) {
       this->shared_p(i) = make_float4(acc(i), acc(i + 1), acc(i + 2), acc(i + 3));
     }
     announce_p();
+    return tile;
   }
 
-  // B5 and B7 of a step whose P^T is in `acc`, and, except in the last, B2 of the next one.
+  // B5 and B7 of a step whose P^T is in `acc`, and, except in the last, B2 of the next one, whose
+  // query tile it returns.
   template <bool kLast>
-  __device__ __forceinline__ void take(int step, const QueryStep& at, const QueryStep& next,
-                                       AccS& acc) {
+  __device__ __forceinline__ int take(int step, int tile, AccS& acc) {
     auto p = to_operand_a<Element, typename Base::MmaDv>(acc);
-    const Ring<Traits::kStages> ring{uint32_t(step)};
-    smem.barriers.dout_full[ring.stage()].wait(ring.parity());
+    this->wait_for_dout(step);
     this->start_dv(p, step, acc_dv);
     if constexpr (!kLast) this->start_scores(step + 1, acc);
     AccDq acc_dq;
     this->wait_for_ds(step);
     this->start_dq(step, 0, acc_dq);
+    int next_tile = 0;
     if constexpr (kLast) {
       finish_gemm<1>(acc_dv);
     } else {
       finish_gemm<1>(acc_dv, acc);
       this->release_dout(step);
-      finish_scores(step + 1, next, acc);
+      next_tile = finish_scores(step + 1, acc);
     }
-    this->finish_dq(step, at, acc_dq);
+    this->finish_dq(step, tile, acc_dq);
+    return next_tile;
   }
 
   __device__ __forceinline__ void walk() {
-    QueryStep at = QueryStep::first(work);
     AccS acc;
     smem.barriers.k_full.wait(0);
     this->start_scores(0, acc);
     finish_gemm<0>(acc);
-    finish_scores(0, at, acc);
+    int tile = finish_scores(0, acc);
     CUTE_NO_UNROLL
-    for (int step = 0; step < work.steps - 1; ++step) {
-      const QueryStep next = at.next(work);
-      take<false>(step, at, next, acc);
-      at = next;
-    }
-    take<true>(work.steps - 1, at, at, acc);
+    for (int step = 0; step < work.steps - 1; ++step) tile = take<false>(step, tile, acc);
+    take<true>(work.steps - 1, tile, acc);
   }
 
   __device__ __forceinline__ void run() {
@@ -114,14 +107,13 @@ struct GradientConsumer : RoleConsumer<Traits> {
 
   // B4, B6 and B7 of a step whose dP^T is in `acc`, and, except in the last, B3 of the next one.
   template <bool kLast>
-  __device__ __forceinline__ void take(int step, const QueryStep& at, AccS& acc) {
+  __device__ __forceinline__ void take(int step, AccS& acc) {
     wait_for_p();
     this->make_score_gradients(step, [&](int i) { return this->shared_p(i); }, acc);
     this->release_dout(step);
     auto ds = to_operand_a<Element, typename Base::MmaDk>(acc);
     this->store_score_gradients(ds, step);
-    const Ring<Traits::kStages> ring{uint32_t(step)};
-    smem.barriers.q_full[ring.stage()].wait(ring.parity());
+    this->wait_for_q(step);
     this->start_dk(ds, step, acc_dk);
     if constexpr (!kLast) this->start_dp(step + 1, acc);
     AccDq acc_dq;
@@ -131,23 +123,21 @@ struct GradientConsumer : RoleConsumer<Traits> {
       finish_gemm<1>(acc_dk);
     } else {
       finish_gemm<1>(acc_dk, acc);
-      this->release_q(step);
     }
-    this->finish_dq(step, at, acc_dq);
+    const int tile = this->query_tile(step).index;
+    this->release_q(step);
+    this->finish_dq(step, tile, acc_dq);
   }
 
   __device__ __forceinline__ void walk() {
-    QueryStep at = QueryStep::first(work);
     AccS acc;
     smem.barriers.k_full.wait(0);
     smem.barriers.v_full.wait(0);
     this->start_dp(0, acc);
     finish_gemm<0>(acc);
     CUTE_NO_UNROLL
-    for (int step = 0; step < work.steps - 1; ++step, at = at.next(work)) {
-      take<false>(step, at, acc);
-    }
-    take<true>(work.steps - 1, at, acc);
+    for (int step = 0; step < work.steps - 1; ++step) take<false>(step, acc);
+    take<true>(work.steps - 1, acc);
   }
 
   __device__ __forceinline__ void run() {

@@ -37,7 +37,7 @@ struct BackwardTiles<Element, 192> {
 };
 template <class Element>
 struct BackwardTiles<Element, 256> {
-  using Rows = std::tuple<BackwardTraits<Element, 256, 64, 64, ConsumerSplit::kRoles>>;
+  using Rows = std::tuple<BackwardTraits<Element, 256, 64, 80, ConsumerSplit::kColumns>>;
 };
 
 // Adds one row of the table to the registry; one a file.

@@ -12,8 +12,16 @@ namespace flash_attn2::sm90 {
 
 // How the two consumers share the work of a thread block.
 enum class ConsumerSplit {
-  kKeys,   // 64 keys each, see backward_keys.cuh
-  kRoles,  // the same 64 keys, one makes P and dV, the other dS and dK, see backward_roles.cuh
+  kKeys,     // 64 keys each, see backward_keys.cuh
+  kColumns,  // half of the keys of P and dS, half of the columns of dK and dV, see
+             // backward_columns.cuh
+  kRoles,    // the same 64 keys, one makes P and dV, the other dS and dK, see backward_roles.cuh
+};
+
+// The query tile of a step: its first row, and its place in the workspace's
+// (batch, heads_q, seqlen_q_rounded / kTileM) arrays.
+struct QueryTile {
+  int row_begin, index;
 };
 
 template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, ConsumerSplit kSplit_,
@@ -24,15 +32,21 @@ struct BackwardTraits {
   static constexpr int kHeadDimV = kHeadDimV_;  // of V, O and their gradients
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
-  static constexpr bool kSplitKeys = kSplit_ == ConsumerSplit::kKeys;
-  static constexpr int kStages = 2;  // of Q and dO
+  static constexpr ConsumerSplit kSplit = kSplit_;
+  static constexpr bool kSplitColumns = kSplit == ConsumerSplit::kColumns;
+  static constexpr int kStages = 2;  // of Q
+  // dO of a step is read in the first half of the step, Q by the step before and to the end.
+  static constexpr int kDoutStages = kSplitColumns ? 1 : 2;
   static constexpr int kThreads = (kConsumers + 1) * kWarpGroupThreads;
   // setmaxnreg: 128 * (24 + 2 * 240) of 64K registers.
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
 
-  static constexpr int kKeys = 64;  // of one consumer's S^T and dP^T
-  static_assert(kTileN == (kSplitKeys ? kConsumers * kKeys : kKeys));
+  // Keys of one consumer's S and dP, of its dK and dV, and columns of these two.
+  static constexpr int kKeys = kSplit == ConsumerSplit::kRoles ? kTileN : kTileN / kConsumers;
+  static constexpr int kGradientKeys = kSplitColumns ? kTileN : kKeys;
+  static constexpr int kColumns = kSplitColumns ? kHeadDim / kConsumers : kHeadDim;
+  static constexpr int kColumnsV = kSplitColumns ? kHeadDimV / kConsumers : kHeadDimV;
 
   // dQ: half of the rows or of the columns for each consumer; in parts where the accumulators of
   // the half would not fit beside those of dK or dV.
@@ -43,38 +57,45 @@ struct BackwardTraits {
   static constexpr int kDqElements = kTileM * kHeadDim;
   static_assert(kDqRows == 64);
 
-  // Buffers of dS. A consumer writes that of step n when it knows that the other one has stored
-  // dS of step n - 1 (kKeys) or P of step n (kRoles). The other one has then finished dQ of step
-  // n - 3, which ran one step late, or of step n - 2.
-  static constexpr int kScoreBuffers = kSplitKeys ? 3 : 2;
-  static constexpr int kDsArrivals = kSplitKeys ? kConsumers * kWarpsPerGroup : kWarpGroupThreads;
+  // Buffers of dS (kColumns: and of P). A consumer writes that of step n when it knows that the
+  // other one has stored dS of step n - 1 (kKeys) or P of step n (kColumns, kRoles), or, before it
+  // writes P of step n, P of step n - 1. The other one has then finished dQ of step n - 3, which
+  // ran one step late, or of step n - 2, and dV of step n - 2.
+  static constexpr int kScoreBuffers = kSplit == ConsumerSplit::kKeys ? 3 : 2;
+  static constexpr int kDsArrivals =
+      kSplit == ConsumerSplit::kRoles ? kWarpGroupThreads : kConsumers * kWarpsPerGroup;
 
   static constexpr int kBoxK = kBoxColumns<kDqColumns>;  // of K and dK: dQ takes whole slabs
 
-  using MmaS = SmemMma<Element, kKeys, kTileM, Major::K, Major::K>;  // S^T, dP^T
-  using MmaDk = RegisterMma<Element, kKeys, kHeadDim, Major::MN>;
-  using MmaDv = RegisterMma<Element, kKeys, kHeadDimV, Major::MN>;
-  using MmaDq = SmemMma<Element, kDqRows, kDqColumns, Major::K, Major::MN>;
+  // dS lies as (queries, keys) rows, of kColumns as (keys, queries).
+  using MmaDq =
+      SmemMma<Element, kDqRows, kDqColumns, kSplitColumns ? Major::MN : Major::K, Major::MN>;
+
+  // P: kColumns as the B operand of dV, (keys, queries); kRoles in fp32, thread to thread.
+  using SharedP = std::conditional_t<kSplitColumns, Element[kScoreBuffers][kTileM * kTileN],
+                                     float[kSplit == ConsumerSplit::kRoles ? kTileM * kTileN : 1]>;
 
   struct SharedStorage {
     alignas(1024) Element k[kTileN * kHeadDim];   // dK on its way out
     alignas(1024) Element v[kTileN * kHeadDimV];  // dV on its way out
     alignas(1024) Element q[kStages][kTileM * kHeadDim];
-    alignas(1024) Element dout[kStages][kTileM * kHeadDimV];
+    alignas(1024) Element dout[kDoutStages][kTileM * kHeadDimV];
     alignas(1024) Element ds[kScoreBuffers][kTileM * kTileN];
-    alignas(128) float p[kSplitKeys ? 1 : kTileM * kTileN];
+    alignas(1024) SharedP p;
     alignas(128) float lse[kStages][kTileM];
-    alignas(128) float delta[kStages][kTileM];
-    BackwardBarriers<kStages, kScoreBuffers, kDsArrivals> barriers;
-    int index;  // the thread block's place in the grid
+    alignas(128) float delta[kDoutStages][kTileM];
+    BackwardBarriers<kStages, kDoutStages, kScoreBuffers, kDsArrivals> barriers;
+    QueryTile tile[kStages];  // that Q's stage holds
+    int index;                // the thread block's place in the grid
   };
   static constexpr int kSmemBytes = int(sizeof(SharedStorage));
   static_assert(kSmemBytes <= 227 * 1024);
 };
 
 struct BackwardArguments {
-  CUtensorMap q, k, v, dout, dk, dv;  // boxes of kTileM, kTileN, kTileN, kTileM, kKeys, kKeys rows
-  CUtensorMap lse, delta;             // rows of kTileM numbers
+  CUtensorMap q, k, v, dout;  // boxes of kTileM, kTileN, kTileN, kTileM rows
+  CUtensorMap dk, dv;         // of kGradientKeys rows
+  CUtensorMap lse, delta;     // rows of kTileM numbers
   BackwardParams params;
 };
 
@@ -129,13 +150,13 @@ struct QueryStep {
   }
 };
 
-// The step's tile in the workspace's (batch, heads_q, seqlen_q_rounded / kTileM) arrays.
 template <class Traits>
-__device__ __forceinline__ int64_t query_tile(const BackwardParams& params, int batch,
-                                              const QueryStep& at) {
-  return (int64_t(batch) * params.shape.heads_q + at.head) *
-             ceil_div(params.shape.seqlen_q, Traits::kTileM) +
-         at.block;
+__device__ __forceinline__ QueryTile query_tile(const BackwardParams& params, int batch,
+                                                const QueryStep& at) {
+  // The plan lets no more than 2^31 - 1 tiles through.
+  const int row_blocks = ceil_div(params.shape.seqlen_q, Traits::kTileM);
+  return {at.block * Traits::kTileM,
+          (batch * params.shape.heads_q + at.head) * row_blocks + at.block};
 }
 
 }  // namespace flash_attn2::sm90

@@ -186,8 +186,7 @@ struct ForwardConsumer {
     if constexpr (!Traits::kOwnOutBuffer) {
       sync_rows<Traits::kGroups>(group);  // all warps are done with Q
     }
-    auto rounded = make_tensor_like<Element>(acc_out);
-    round_to(acc_out, rounded);
+    const auto values = rounded<Element>(acc_out);
     const int lane = thread % 32, warp_row = thread / 32 * Traits::kWarpRows;
     Element* const tile = smem.out_tile(group);
     auto smem_out = as_position_independent_swizzle_tensor(
@@ -199,7 +198,7 @@ struct ForwardConsumer {
     for (int i = 0; i < Traits::kOutParts; ++i) {
       if constexpr (Traits::kOwnOutBuffer) wait_for_store();
       const auto part =
-          make_tensor(rounded.data() + i * size(AccOutPart{}), typename AccOutPart::layout_type{});
+          make_tensor(values.data() + i * size(AccOutPart{}), typename AccOutPart::layout_type{});
       copy(CopyAtom{}, copy_out.retile_S(part), copy_out.partition_D(smem_out));
       tma_store_fence();
       __syncwarp();

@@ -107,6 +107,13 @@ __device__ __forceinline__ void round_to(const Acc& acc, Operand& operand) {
     pairs(i) = convert(cutlass::Array<float, 2>{acc(2 * i), acc(2 * i + 1)});
   }
 }
+// Accumulators in another type.
+template <class Element, class Acc>
+__device__ __forceinline__ auto rounded(const Acc& acc) {
+  auto result = make_tensor<Element>(shape(acc));
+  round_to(acc, result);
+  return result;
+}
 template <class Element, class Mma, class Acc>
 __device__ __forceinline__ auto to_operand_a(const Acc& acc) {
   constexpr int kColumns = decltype(size<0, 2>(acc))::value * 8;
@@ -136,6 +143,13 @@ __device__ __forceinline__ void store_block(const Fragment& fragment, int block,
   const auto words = recast<uint32_t>(fragment);
   Copy::copy(words(4 * block), words(4 * block + 1), words(4 * block + 2), words(4 * block + 3),
              *reinterpret_cast<uint128_t*>(target));
+}
+// The first 8 columns of a block alone.
+template <class Copy, class Fragment, class Element>
+__device__ __forceinline__ void store_half_block(const Fragment& fragment, int block,
+                                                 Element* target) {
+  const auto words = recast<uint32_t>(fragment);
+  Copy::copy(words(4 * block), words(4 * block + 1), *reinterpret_cast<uint128_t*>(target));
 }
 
 }  // namespace flash_attn2::sm90

@@ -1,0 +1,211 @@
+// ConsumerSplit::kColumns: for head dims whose dK and dV fill the registers of both warpgroups. A
+// consumer makes P and dS of half of the keys, and sums half of the columns of dK, dV and dQ over
+// all keys of the tile; P and dS go through shared memory.
+//
+// dK and dV are summed transposed, (columns, keys): so a tile may have any multiple of 16 keys, and
+// the more it has the fewer bytes are added to dQ.
+#pragma once
+
+#include "backward_consumer.cuh"
+
+namespace flash_attn2::sm90 {
+
+template <class Traits>
+struct ColumnsConsumer : BackwardConsumer<Traits> {
+  using Base = BackwardConsumer<Traits>;
+  using Base::arguments, Base::smem, Base::work, Base::consumer, Base::thread;
+  using Base::Base, Base::kTileM, Base::kTileN, Base::kHeadDim, Base::kHeadDimV, Base::kKeys;
+  using typename Base::AccDq, typename Base::Element, typename Base::Scores;
+  static_assert(kTileM == 64);
+  static constexpr int kColumns = Traits::kColumns, kColumnsV = Traits::kColumnsV;
+  using MmaS = SmemMma<Element, kTileM, kKeys, Major::K, Major::K>;  // S, dP
+  using MmaDkv = SmemMma<Element, 64, kTileN, Major::MN, Major::K>;  // dK^T, dV^T
+  using AccS = Accumulator<MmaS, kTileM, kKeys>;
+  using AccDk = Accumulator<MmaDkv, kColumns, kTileN>;
+  using AccDv = Accumulator<MmaDkv, kColumnsV, kTileN>;
+
+  AccDk acc_dk;
+  AccDv acc_dv;
+
+  // (keys, queries) tiles: P and dS as the B operands of dV^T and dK^T.
+  __device__ __forceinline__ auto tile_p(int step) const {
+    return smem_tile<kTileN, kTileM>(smem.p[Scores{uint32_t(step)}.stage()]);
+  }
+  __device__ __forceinline__ auto tile_ds_by_keys(int step) const {
+    return smem_tile<kTileN, kTileM>(smem.ds[Scores{uint32_t(step)}.stage()]);
+  }
+  // The first of the thread's two rows of a (64 queries, keys) product; the other is 8 further.
+  __device__ __forceinline__ int thread_row() const { return thread / 32 * 16 + thread % 32 / 4; }
+  __device__ __forceinline__ int first_key() const { return recompute(consumer) * kKeys; }
+
+  // Starts S = Q K^T (B2).
+  __device__ __forceinline__ void start_scores(int step, AccS& acc) const {
+    auto q = operand_a<MmaS>(this->tile_q(step));
+    const auto k = operand_b<MmaS>(part<kKeys, kHeadDim>(this->tile_k(), recompute(consumer), 0));
+    this->wait_for_q(step);
+    start_gemm<MmaS, Accumulate::kNo>(q, k, acc);
+  }
+  // Starts dP = dO V^T (B3).
+  __device__ __forceinline__ void start_dp(int step, AccS& acc) const {
+    auto dout = operand_a<MmaS>(this->tile_dout(step));
+    const auto v = operand_b<MmaS>(part<kKeys, kHeadDimV>(this->tile_v(), recompute(consumer), 0));
+    this->wait_for_dout(step);
+    start_gemm<MmaS, Accumulate::kNo>(dout, v, acc);
+  }
+
+  // The rest of B2: P = exp2(S * scale - L), in place and to shared memory.
+  __device__ __forceinline__ void finish_scores(int step, AccS& acc) const {
+    const int row_begin = this->query_tile(step).row_begin;
+    const int key_begin = recompute(work.key_begin) + first_key();
+    const VisibleKeys visible(arguments.params.shape, arguments.params.window);
+    if (visible.tile_needs_mask(row_begin, kTileM, key_begin, kKeys)) {
+      mask(acc, visible, row_begin + thread_row(), key_begin + thread % 4 * 2);
+    }
+    const float scale_log2 = arguments.params.softmax_scale * kLog2e;
+    const float* lse = this->lse(step) + thread_row();
+    const float lse_of_row[2] = {lse[0], lse[8]};
+    CUTE_UNROLL
+    for (int i = 0; i < size(acc); ++i) {
+      acc(i) = exp2f(acc(i) * scale_log2 - lse_of_row[i / 2 % 2]);
+    }
+    store_scores(acc, tile_p(step));
+    arrive_as_warp(smem.barriers.p_full[Scores{uint32_t(step)}.stage()]);
+  }
+
+  // Boundary tiles: hidden entries of S become -inf. (row, key) is this thread's first entry.
+  __device__ __forceinline__ static void mask(AccS& acc, const VisibleKeys& visible, int row,
+                                              int key) {
+    CUTE_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const int begin = visible.first(row + 8 * j) - key, end = visible.end(row + 8 * j) - key;
+      CUTE_UNROLL
+      for (int i = 0; i < kKeys / 8; ++i) {
+        CUTE_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          if (8 * i + c < begin || 8 * i + c >= end) acc(4 * i + 2 * j + c) = -INFINITY;
+        }
+      }
+    }
+  }
+
+  // B4: dS = P (dP - D), in place of dP and to shared memory.
+  __device__ __forceinline__ void make_score_gradients(int step, const AccS& p, AccS& acc) const {
+    const float* delta = this->delta(step) + thread_row();
+    const float delta_of_row[2] = {delta[0], delta[8]};
+    CUTE_UNROLL
+    for (int i = 0; i < size(acc); ++i) acc(i) = p(i) * (acc(i) - delta_of_row[i / 2 % 2]);
+    store_scores(acc, tile_ds_by_keys(step));
+    arrive_as_warp(smem.barriers.ds_full[Scores{uint32_t(step)}.stage()]);
+  }
+
+  // This consumer's (queries, keys) part of P or dS, rounded, to the (keys, queries) tile.
+  template <class Tile>
+  __device__ __forceinline__ void store_scores(const AccS& acc, const Tile& tile) const {
+    const auto values = rounded<Element>(acc);
+    const StoreLane lane = StoreLane::columns();
+    Element* target = &tile(first_key() + int(lane.column), thread / 32 * 16 + int(lane.row));
+    CUTE_UNROLL
+    for (int block = 0; block < kKeys / 16; ++block) {  // the swizzle repeats every 8 rows
+      store_block<SM90_U16x8_STSM_T>(values, block, target + 16 * block * kTileM);
+    }
+    if constexpr (kKeys % 16 != 0) {
+      store_half_block<SM90_U16x4_STSM_T>(values, kKeys / 16, target + kKeys / 16 * 16 * kTileM);
+    }
+    cutlass::arch::fence_view_async_shared();
+  }
+
+  // Starts dV^T += dO^T P (B5).
+  __device__ __forceinline__ void start_dv(int step) {
+    auto dout = operand_a<MmaDkv>(
+        part<kColumnsV, kTileM>(transposed(this->tile_dout(step)), recompute(consumer), 0));
+    const auto p = operand_b<MmaDkv>(tile_p(step));
+    const Scores ring{uint32_t(step)};
+    smem.barriers.p_full[ring.stage()].wait(ring.parity());
+    start_gemm<MmaDkv, Accumulate::kYes>(dout, p, acc_dv);
+  }
+  // Starts dK^T += Q^T dS (B6).
+  __device__ __forceinline__ void start_dk(int step) {
+    auto q = operand_a<MmaDkv>(
+        part<kColumns, kTileM>(transposed(this->tile_q(step)), recompute(consumer), 0));
+    const auto ds = operand_b<MmaDkv>(tile_ds_by_keys(step));
+    start_gemm<MmaDkv, Accumulate::kYes>(q, ds, acc_dk);
+  }
+
+  // B3 to B7 of a step whose P is in `acc_p`, and, except in the last, B2 of the next one. What is
+  // added to dQ holds up the warp's accesses to shared memory until it has left the SM, so that
+  // products with nothing between them follow.
+  template <bool kLast>
+  __device__ __forceinline__ void take(int step, AccS& acc_p) {
+    AccS acc_ds;
+    AccDq acc_dq;
+    start_dp(step, acc_ds);
+    start_dv(step);
+    finish_gemm<1>(acc_ds);
+    make_score_gradients(step, acc_p, acc_ds);
+    const int tile = this->query_tile(step).index;
+    this->wait_for_ds(step);
+    this->start_dq(step, 0, acc_dq);
+    if constexpr (!kLast) start_scores(step + 1, acc_p);
+    start_dk(step);
+    finish_gemm<kLast ? 1 : 2>(acc_dv, acc_dq);
+    this->release_dout(step);
+    this->add_dq(step, tile, 0, acc_dq);
+    if constexpr (!kLast) {
+      finish_gemm<1>(acc_p);
+      finish_scores(step + 1, acc_p);
+    }
+    CUTE_UNROLL
+    for (int dq_part = 1; dq_part < Traits::kDqParts; ++dq_part) {
+      this->start_dq(step, dq_part, acc_dq);
+      finish_gemm<0>(acc_dq);
+      this->add_dq(step, tile, dq_part, acc_dq);
+    }
+    finish_gemm<0>(acc_dk);
+    this->release_q(step);
+  }
+
+  __device__ __forceinline__ void walk() {
+    AccS acc_p;
+    smem.barriers.k_full.wait(0);
+    start_scores(0, acc_p);
+    finish_gemm<0>(acc_p);
+    finish_scores(0, acc_p);
+    smem.barriers.v_full.wait(0);
+    CUTE_NO_UNROLL
+    for (int step = 0; step < work.steps - 1; ++step) take<false>(step, acc_p);
+    take<true>(work.steps - 1, acc_p);
+  }
+
+  // B8. acc: (columns, keys).
+  template <int kPart, int kBox, class Acc, class Tile>
+  __device__ __forceinline__ void write_columns(const CUtensorMap& map, const Acc& acc,
+                                                const Tile& tile) const {
+    const auto values = rounded<Element>(acc);
+    const StoreLane lane = StoreLane::columns();
+    const int first = consumer * kPart;
+    CUTE_UNROLL
+    for (int m = 0; m < kPart / 64; ++m) {
+      CUTE_UNROLL
+      for (int block = 0; block < kTileN / 16; ++block) {
+        store_block<SM90_U16x8_STSM_T>(
+            values, m * (kTileN / 16) + block,
+            &tile(16 * block + lane.column, first + 64 * m + thread / 32 * 16 + lane.row));
+      }
+    }
+    this->template store_key_gradient<kPart, kBox>(map, tile, 0, first);
+  }
+
+  __device__ __forceinline__ void run() {
+    clear(acc_dk);
+    clear(acc_dv);
+    if (work.steps > 0) walk();
+    this->wait_for_both();
+    write_columns<kColumnsV, kBoxColumns<kHeadDimV>>(arguments.dv, acc_dv, this->tile_v());
+    CUTE_UNROLL
+    for (int i = 0; i < size(acc_dk); ++i) acc_dk(i) *= arguments.params.softmax_scale;
+    write_columns<kColumns, Traits::kBoxK>(arguments.dk, acc_dk, this->tile_k());
+    this->wait_for_stores();
+  }
+};
+
+}  // namespace flash_attn2::sm90

@@ -1,0 +1,161 @@
+// Consumers with (keys, queries) products: P^T and dS^T of a thread are also the A operands, in
+// registers, of dV and dK. Steps B2 to B6 of a tile and the store of dK and dV; the walks over the
+// query tiles are in backward_keys.cuh and backward_roles.cuh.
+#pragma once
+
+#include "backward_consumer.cuh"
+
+namespace flash_attn2::sm90 {
+
+// A thread's accumulators of a (64 keys, queries) product lie in groups of four: queries (q, q + 1)
+// of key r, then of key r + 8. This thread's pairs of LSE or delta: number i for the group of
+// accumulator i.
+__device__ __forceinline__ const float2* query_pairs(const float* row) {
+  return reinterpret_cast<const float2*>(row) + threadIdx.x % 4;
+}
+
+template <class Traits>
+struct RegisterConsumer : BackwardConsumer<Traits> {
+  using Base = BackwardConsumer<Traits>;
+  using Base::arguments, Base::smem, Base::work, Base::consumer, Base::thread;
+  using Base::Base, Base::kTileM, Base::kTileN, Base::kHeadDim, Base::kHeadDimV, Base::kKeys;
+  using typename Base::Element;
+  static_assert(kKeys == 64);
+  using MmaS = SmemMma<Element, kKeys, kTileM, Major::K, Major::K>;  // S^T, dP^T
+  using MmaDk = RegisterMma<Element, kKeys, kHeadDim, Major::MN>;
+  using MmaDv = RegisterMma<Element, kKeys, kHeadDimV, Major::MN>;
+  using AccS = Accumulator<MmaS, kKeys, kTileM>;
+  using AccDk = Accumulator<MmaDk, kKeys, kHeadDim>;
+  using AccDv = Accumulator<MmaDv, kKeys, kHeadDimV>;
+
+  // Of this consumer's S^T, inside the tile.
+  __device__ __forceinline__ int first_key() const {
+    return kTileN == kKeys ? 0 : recompute(consumer) * kKeys;
+  }
+
+  // Starts S^T = K Q^T (B2).
+  __device__ __forceinline__ void start_scores(int step, AccS& acc) const {
+    auto k = operand_a<MmaS>(part<kKeys, kHeadDim>(this->tile_k(), first_key() / kKeys, 0));
+    const auto q = operand_b<MmaS>(this->tile_q(step));
+    this->wait_for_q(step);
+    start_gemm<MmaS, Accumulate::kNo>(k, q, acc);
+  }
+  // Starts dP^T = V dO^T (B3).
+  __device__ __forceinline__ void start_dp(int step, AccS& acc) const {
+    auto v = operand_a<MmaS>(part<kKeys, kHeadDimV>(this->tile_v(), first_key() / kKeys, 0));
+    const auto dout = operand_b<MmaS>(this->tile_dout(step));
+    this->wait_for_dout(step);
+    start_gemm<MmaS, Accumulate::kNo>(v, dout, acc);
+  }
+
+  // The rest of B2: P^T = exp2(S^T * scale - L), in place.
+  __device__ __forceinline__ void make_probabilities(int step, AccS& acc) const {
+    const int row_begin = this->query_tile(step).row_begin;
+    const int key_begin = recompute(work.key_begin) + first_key();
+    const VisibleKeys visible(arguments.params.shape, arguments.params.window);
+    if (visible.tile_needs_mask(row_begin, kTileM, key_begin, kKeys)) {
+      mask(acc, visible, row_begin + thread % 4 * 2,
+           key_begin + thread / 32 * 16 + thread % 32 / 4);
+    }
+    const float scale_log2 = arguments.params.softmax_scale * kLog2e;
+    const float2* lse = query_pairs(this->lse(step));
+    CUTE_UNROLL
+    for (int i = 0; i < size(acc); i += 4) {
+      const float2 pair = lse[i];
+      CUTE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        acc(i + j) = exp2f(acc(i + j) * scale_log2 - (j % 2 == 0 ? pair.x : pair.y));
+      }
+    }
+  }
+
+  // B4: dS^T = P^T (dP^T - D), in place of dP^T. probabilities(i): P^T's values i to i + 3.
+  template <class Probabilities>
+  __device__ __forceinline__ void make_score_gradients(int step, const Probabilities& probabilities,
+                                                       AccS& acc) const {
+    const float2* delta = query_pairs(this->delta(step));
+    CUTE_UNROLL
+    for (int i = 0; i < size(acc); i += 4) {
+      const float2 pair = delta[i];
+      const float4 p = probabilities(i);
+      acc(i) = p.x * (acc(i) - pair.x);
+      acc(i + 1) = p.y * (acc(i + 1) - pair.y);
+      acc(i + 2) = p.z * (acc(i + 2) - pair.x);
+      acc(i + 3) = p.w * (acc(i + 3) - pair.y);
+    }
+  }
+
+  // Boundary tiles: hidden entries of S^T become -inf. (query, key) is this thread's first entry.
+  __device__ __forceinline__ static void mask(AccS& acc, const VisibleKeys& visible, int query,
+                                              int key) {
+    CUTE_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const BlockRange rows = visible.rows_of_key(key + 8 * j);
+      const int begin = rows.begin - query, end = rows.end - query;
+      CUTE_UNROLL
+      for (int i = 0; i < kTileM / 8; ++i) {
+        CUTE_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          if (8 * i + c < begin || 8 * i + c >= end) acc(4 * i + 2 * j + c) = -INFINITY;
+        }
+      }
+    }
+  }
+
+  // This consumer's (keys, queries) part of dS^T to the (queries, keys) tile.
+  template <class Fragment>
+  __device__ __forceinline__ void store_score_gradients(const Fragment& ds, int step) const {
+    const StoreLane lane = StoreLane::columns();
+    const auto tile = this->tile_ds(step);
+    Element* target = &tile(int(lane.column), first_key() + thread / 32 * 16 + lane.row);
+    CUTE_UNROLL
+    for (int block = 0; block < kTileM / 16; ++block) {  // the swizzle repeats every 8 rows
+      store_block<SM90_U16x8_STSM_T>(ds, block, target + 16 * block * kBoxColumns<kTileN>);
+    }
+    cutlass::arch::fence_view_async_shared();
+    Barrier& full = smem.barriers.ds_full[typename Base::Scores{uint32_t(step)}.stage()];
+    if constexpr (Traits::kDsArrivals == kConsumers * kWarpsPerGroup) {
+      arrive_as_warp(full);
+    } else {
+      full.arrive();
+    }
+  }
+
+  // Starts dV += P^T dO (B5). `p`: P^T as the A operand.
+  template <class P>
+  __device__ __forceinline__ void start_dv(P& p, int step, AccDv& acc) const {
+    const auto dout = operand_b<MmaDv>(transposed(this->tile_dout(step)));
+    start_gemm<MmaDv, Accumulate::kYes>(p, dout, acc);
+  }
+  // Starts dK += dS^T Q (B6). `ds`: dS^T as the A operand.
+  template <class Ds>
+  __device__ __forceinline__ void start_dk(Ds& ds, int step, AccDk& acc) const {
+    const auto q = operand_b<MmaDk>(transposed(this->tile_q(step)));
+    start_gemm<MmaDk, Accumulate::kYes>(ds, q, acc);
+  }
+
+  // B8, for this consumer's keys.
+  __device__ __forceinline__ void write_dv(const AccDv& acc) const {
+    write_rows<kBoxColumns<kHeadDimV>>(arguments.dv, acc, this->tile_v());
+  }
+  __device__ __forceinline__ void write_dk(AccDk& acc) const {
+    CUTE_UNROLL
+    for (int i = 0; i < size(acc); ++i) acc(i) *= arguments.params.softmax_scale;
+    write_rows<Traits::kBoxK>(arguments.dk, acc, this->tile_k());
+  }
+  template <int kBox, class Acc, class Tile>
+  __device__ __forceinline__ void write_rows(const CUtensorMap& map, const Acc& acc,
+                                             const Tile& tile) const {
+    constexpr int kColumns = decltype(size<1>(tile))::value;
+    const StoreLane lane = StoreLane::rows();
+    const auto values = rounded<Element>(acc);
+    const int row = first_key() + thread / 32 * 16 + lane.row;
+    CUTE_UNROLL
+    for (int block = 0; block < kColumns / 16; ++block) {
+      store_block<SM90_U32x4_STSM_N>(values, block, &tile(row, 16 * block + lane.column));
+    }
+    this->template store_key_gradient<kColumns, kBox>(map, tile, first_key(), 0);
+  }
+};
+
+}  // namespace flash_attn2::sm90
