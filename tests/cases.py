@@ -20,6 +20,7 @@ YARDSTICK_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), *
 
 # Around the edges of 64- and 128-row tiles.
 EDGE_LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129, 191, 255, 256, 257)
+KEY_EDGE_LENGTHS = (*EDGE_LENGTHS, 79, 80, 81, 112, 160, 161)  # tiles of 80 and 112 keys, too
 
 # name: (window_left, window_right)
 MASKS = {

@@ -10,6 +10,7 @@ from cases import (
     HALF_DTYPES,
     HEAD_DIM_PAIRS,
     HEAD_DIMS,
+    KEY_EDGE_LENGTHS,
     UNEQUAL_BUCKETS,
     YARDSTICK_HEAD_DIMS,
     Case,
@@ -58,7 +59,7 @@ def test_error_is_at_most_1_05_of_torch_flash(head_dims, lengths, mask, dtype, d
 @pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (256, 256), *UNEQUAL_BUCKETS], ids=str)
 def test_lengths(head_dims, seqlen_q, mask):
     d, dv = head_dims
-    for seqlen_k in EDGE_LENGTHS:
+    for seqlen_k in KEY_EDGE_LENGTHS:
         case = Case(seqlen_q, seqlen_k, head_dim=d, head_dim_v=dv, mask=mask).with_enough_rows()
         check(case, torch.bfloat16, deterministic=seqlen_k % 2 == 0)
 
@@ -74,9 +75,11 @@ def test_head_dims(head_dim, dtype):
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1), (12, 4), (71, 1)], ids=str)
-def test_groups_of_heads(heads, deterministic, dtype):
+@pytest.mark.parametrize("head_dim", [64, 192, 256])  # shared among warpgroups in different ways
+def test_groups_of_heads(head_dim, heads, deterministic, dtype):
     for mask in ("full", "causal"):
-        check(Case(300, 500, *heads, mask=mask), dtype, deterministic=deterministic)
+        case = Case(300, 500, *heads, head_dim=head_dim, mask=mask)
+        check(case, dtype, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("head_dims", YARDSTICK_HEAD_DIMS, ids=str)

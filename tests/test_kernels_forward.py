@@ -10,6 +10,7 @@ from cases import (
     HALF_DTYPES,
     HEAD_DIM_PAIRS,
     HEAD_DIMS,
+    KEY_EDGE_LENGTHS,
     UNEQUAL_BUCKETS,
     YARDSTICK_HEAD_DIMS,
     Case,
@@ -72,7 +73,7 @@ def test_error_is_at_most_1_05_of_torch_flash(head_dims, lengths, mask, dtype):
 @pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (256, 256), *UNEQUAL_BUCKETS], ids=str)
 def test_lengths(head_dims, seqlen_q, mask):
     d, dv = head_dims
-    for seqlen_k in EDGE_LENGTHS:
+    for seqlen_k in KEY_EDGE_LENGTHS:
         case = Case(seqlen_q, seqlen_k, head_dim=d, head_dim_v=dv, mask=mask).with_enough_rows()
         check(case, torch.bfloat16)
 
