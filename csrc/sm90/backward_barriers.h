@@ -70,6 +70,14 @@ __device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
   if (threadIdx.x % 32 == 0) barrier.arrive();
 }
 
+// The same for a word that the barrier's waiter overwrites: read by the lane that arrives, as
+// racecheck does not follow other lanes' reads to it.
+__device__ __forceinline__ int read_as_warp(const int& word) {
+  int value = 0;
+  if (threadIdx.x % 32 == 0) value = word;
+  return __shfl_sync(0xffffffffu, value, 0);
+}
+
 // Named barriers; 0 is __syncthreads.
 __device__ __forceinline__ void sync_consumer(int consumer) {
   cutlass::arch::NamedBarrier::sync(kWarpGroupThreads, 1 + consumer);

@@ -55,7 +55,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
 
   // The rest of B2: P = exp2(S * scale - L), in place and to shared memory.
   __device__ __forceinline__ void finish_scores(int step, AccS& acc) const {
-    const int row_begin = this->query_tile(step).row_begin;
+    const int row_begin = this->first_row(step);
     const int key_begin = recompute(work.key_begin) + first_key();
     const VisibleKeys visible(arguments.params.shape, arguments.params.window);
     if (visible.tile_needs_mask(row_begin, kTileM, key_begin, kKeys)) {
@@ -142,7 +142,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     start_dv(step);
     finish_gemm<1>(acc_ds);
     make_score_gradients(step, acc_p, acc_ds);
-    const int tile = this->query_tile(step).index;
+    const int tile = this->tile_index(step);
     this->wait_for_ds(step);
     this->start_dq(step, 0, acc_dq);
     if constexpr (!kLast) start_scores(step + 1, acc_p);

@@ -79,9 +79,12 @@ struct BackwardConsumer {
     const Scores ring{uint32_t(step)};
     smem.barriers.ds_full[ring.stage()].wait(ring.parity());
   }
-  // After wait_for_q and before release_q.
-  __device__ __forceinline__ const QueryTile& query_tile(int step) const {
-    return smem.tile[Stages{uint32_t(step)}.stage()];
+  // The step's query tile, after wait_for_q and before release_q.
+  __device__ __forceinline__ int first_row(int step) const {
+    return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()].row_begin);
+  }
+  __device__ __forceinline__ int tile_index(int step) const {
+    return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()].index);
   }
   // The buffers of Q (and L) or of dO (and D) of a step are no longer needed.
   __device__ __forceinline__ void release_q(int step) const {

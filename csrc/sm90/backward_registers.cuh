@@ -50,7 +50,7 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
 
   // The rest of B2: P^T = exp2(S^T * scale - L), in place.
   __device__ __forceinline__ void make_probabilities(int step, AccS& acc) const {
-    const int row_begin = this->query_tile(step).row_begin;
+    const int row_begin = this->first_row(step);
     const int key_begin = recompute(work.key_begin) + first_key();
     const VisibleKeys visible(arguments.params.shape, arguments.params.window);
     if (visible.tile_needs_mask(row_begin, kTileM, key_begin, kKeys)) {
