@@ -1,9 +1,8 @@
-"""The build: its settings, its messages, its logs and limits. Nothing here compiles the kernels."""
+"""The build: its settings, sources, messages and packages. Nothing here compiles the kernels."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -12,17 +11,12 @@ import types
 import zipfile
 from pathlib import Path
 
+import nvcc_logged
 import pytest
+from cuda_build import command, limits, settings, sources, toolchain
+from cuda_build.settings import BuildError, InstanceFilter
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT / "tools", ROOT / "third_party"):
-    sys.path.insert(0, str(folder))
-
-import check_kernels  # noqa: E402
-import fetch_cutlass  # noqa: E402
-import nvcc_logged  # noqa: E402
-from cuda_build import command, limits, ptxas, settings, sources, toolchain  # noqa: E402
-from cuda_build.settings import BuildError, InstanceFilter  # noqa: E402
 
 # A module that stands in for torch and fails when it is used: for what must work without torch.
 BLOCK_TORCH = "raise ImportError('torch must not be imported here')\n"
@@ -58,6 +52,18 @@ def test_archs_default_to_this_machines_gpus():
     assert choose({}, []) == ("80", "90a")
     assert choose({}, [(7, 5)]) == ("80", "90a")
     assert choose({"FLASH_ATTN2_ARCHS": "86"}, [(9, 0)]) == ("86",)
+
+
+def test_the_extension_is_built_for_gpus_torch_reports():
+    pairs = [(9, 0), (8, 9), (9, 0)]
+    cuda = types.SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: len(pairs),
+        get_device_capability=lambda index: pairs[index],
+    )
+    assert command.gpu_capabilities(types.SimpleNamespace(cuda=cuda)) == [(8, 9), (9, 0)]
+    cuda.is_available = lambda: False
+    assert command.gpu_capabilities(types.SimpleNamespace(cuda=cuda)) == []
 
 
 def test_every_build_carries_ptx_that_newer_gpus_run():
@@ -398,210 +404,3 @@ def test_python_only_wheel_is_pure_and_needs_no_torch(tmp_path):
         names = archive.namelist()
     assert "flash_attn2/__init__.py" in names
     assert not [name for name in names if "_C" in name or name.endswith((".so", ".json"))]
-
-
-# --- CUTLASS --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cutlass_wheel(tmp_path):
-    """A small wheel in the shape of nvidia-cutlass, and its pin."""
-    wheel = tmp_path / "nvidia_cutlass-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("cutlass_library/source/include/cute/tensor.hpp", "// tensor\n")
-        archive.writestr("cutlass_library/manifest.py", "")
-    digest = fetch_cutlass.hashlib.sha256(wheel.read_bytes()).hexdigest()
-    return wheel, fetch_cutlass.Pin("nvidia-cutlass==1.0", digest)
-
-
-def test_cutlass_unpacks_the_include_folder_alone(tmp_path, cutlass_wheel):
-    wheel, pin = cutlass_wheel
-    target = tmp_path / "third_party" / "cutlass"
-    include = fetch_cutlass.fetch(target, pin, wheel)
-    assert include == target / "include"
-    assert (include / "cute/tensor.hpp").read_text() == "// tensor\n"
-    assert not list(target.rglob("manifest.py"))
-    # What is there already is not downloaded again: the name of this pin exists nowhere.
-    assert fetch_cutlass.fetch(target, pin) == include
-
-
-def test_cutlass_refuses_a_damaged_wheel_and_keeps_what_was_there(tmp_path, cutlass_wheel):
-    wheel, pin = cutlass_wheel
-    target = tmp_path / "third_party" / "cutlass"
-    fetch_cutlass.fetch(target, pin, wheel)
-    with open(wheel, "ab") as file:
-        file.write(b"x")
-    with pytest.raises(fetch_cutlass.FetchError, match=f"pins {pin.sha256}"):
-        fetch_cutlass.fetch(target, pin, wheel)
-    assert (target / "include/cute/tensor.hpp").is_file()
-
-
-def test_a_changed_pin_makes_the_old_headers_stale(tmp_path, cutlass_wheel):
-    wheel, pin = cutlass_wheel
-    fetch_cutlass.fetch(tmp_path / "cutlass", pin, wheel)
-    assert fetch_cutlass.is_current(tmp_path / "cutlass", pin)
-    assert not fetch_cutlass.is_current(
-        tmp_path / "cutlass", fetch_cutlass.Pin(pin.requirement, "0" * 64)
-    )
-
-
-def test_the_pin_file_is_complete(tmp_path):
-    assert fetch_cutlass.read_pin().requirement == "nvidia-cutlass==4.2.0.0"
-    broken = tmp_path / "cutlass.txt"
-    broken.write_text("nvidia-cutlass==4.2.0.0\n")
-    with pytest.raises(fetch_cutlass.FetchError, match="sha256"):
-        fetch_cutlass.read_pin(broken)
-
-
-# --- ptxas logs, spills, budget -------------------------------------------------------------------
-
-FORWARD = (
-    "_ZN11flash_attn24sm8014forward_kernelINS0_13ForwardTraitsIN7cutlass10bfloat16_t"
-    "ELi128ELi128ELi64ELi4ELb1EEEEEvNS_13ForwardParamsE"
-)
-BACKWARD = (
-    "_ZN11flash_attn24sm8015backward_kernelINS0_14BackwardTraitsIN7cutlass6half_t"
-    "ELi64ELi64ELi128ELi8EEEEEvNS_14BackwardParamsE"
-)
-PREPROCESS = (
-    "_ZN11flash_attn226backward_preprocess_kernelIN7cutlass6half_tEEEvNS_14BackwardParamsEii"
-)
-LOG = f"""\
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '{FORWARD}' for 'sm_80'
-ptxas info    : Function properties for {FORWARD}
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 254 registers, used 1 barriers, 480 bytes cmem[0]
-ptxas info    : Compile time = 10.517 ms
-warning: something else
-ptxas info    : Compiling entry function '{BACKWARD}' for 'sm_90a'
-ptxas info    : Function properties for {BACKWARD}
-    16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
-ptxas info    : Used 255 registers, used 1 barriers
-ptxas info    : Compiling entry function '{PREPROCESS}' for 'sm_90a'
-ptxas info    : Function properties for {PREPROCESS}
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 26 registers, used 0 barriers
-"""
-
-
-def test_ptxas_log_is_read():
-    forward, backward, preprocess = ptxas.parse_log(LOG)
-    assert forward == ptxas.KernelResources("sm80_fwd_bf16_d128_128x64", FORWARD, "sm_80", 254)
-    assert backward == ptxas.KernelResources(
-        "sm80_bwd_fp16_d64_64x128", BACKWARD, "sm_90a", 255, spill_bytes=32, stack_bytes=16
-    )
-    assert (preprocess.name, preprocess.registers) == ("backward_preprocess_kernel<fp16>", 26)
-
-
-@pytest.mark.parametrize(("head_dim_v", "name"), [(128, "d192_v128"), (192, "d192")])
-def test_names_of_sm90_kernels_have_the_head_dim_of_v_and_the_cluster(head_dim_v, name):
-    namespace, element = "_ZN11flash_attn24sm90", "IN7cutlass6half_tELi192E"
-    for cluster, blocks in ((1, ""), (2, "_x2")):
-        traits = f"13ForwardTraits{element}Li128ELi112ELi{head_dim_v}ELi{cluster}EEEEEv"
-        forward = ptxas.row_name(f"{namespace}14forward_kernelINS0_{traits}")
-        assert forward == f"sm90_fwd_fp16_{name}_128x112{blocks}"
-    split = "LNS0_13ConsumerSplitE1E"
-    backward = (
-        f"15backward_kernelINS0_14BackwardTraits{element}Li64ELi64E{split}Li{head_dim_v}EEEEEv"
-    )
-    assert ptxas.row_name(namespace + backward) == f"sm90_bwd_fp16_{name}_64x64"
-
-
-def test_names_with_substitutions_and_without_a_kernel():
-    # S1_13 is a substitution followed by a name of 13 letters, not by a number 1.
-    assert ptxas.identifiers("_ZN3fooINS1_13ForwardTraitsILi64EEEE") == ["foo", "ForwardTraits"]
-    assert ptxas.row_name("_Z4fillPfi") == "_Z4fillPfi"
-
-
-def test_resources_survive_the_file(tmp_path):
-    log = tmp_path / "a.o.ptxas"
-    log.write_text(LOG)
-    entries = ptxas.read_logs([log])
-    assert [entry.arch for entry in entries] == ["sm_80", "sm_90a", "sm_90a"]
-    path = tmp_path / "package" / ptxas.RESOURCE_FILE
-    ptxas.write_resources(path, entries)
-    assert ptxas.read_resources(path) == entries
-    row = json.loads(path.read_text())["entries"][0]
-    assert set(row) == {"name", "entry", "arch", "registers", "spill_bytes", "stack_bytes"}
-
-
-def entries_of(spill=0):
-    name = "sm80_fwd_bf16_d128_128x64"
-    return [ptxas.KernelResources(name, FORWARD, arch, 254, spill) for arch in ("sm_80", "sm_90a")]
-
-
-def test_budget_passes_and_fails():
-    budget = {"entries_per_arch": 1, "spills": {}}
-    assert check_kernels.problems(entries_of(), budget) == []
-    grown = check_kernels.problems(entries_of() * 2, budget)
-    assert len(grown) == 2 and "sm_80 has 2 kernel entries, the budget is 1" in grown[0]
-    assert check_kernels.problems([], budget) == ["the build lists no kernel entry at all"]
-
-
-def test_spills_need_a_place_on_the_list_and_a_reason():
-    def found(spills):
-        return check_kernels.problems(entries_of(8), {"entries_per_arch": 9, "spills": spills})
-
-    name = "sm80_fwd_bf16_d128_128x64"
-    assert [name in problem and "8 bytes" in problem for problem in found({})] == [True, True]
-    assert found({name: {"max_bytes": 8, "reason": "outside the loop"}}) == []
-    assert len(found({name: {"max_bytes": 4, "reason": "outside the loop"}})) == 2
-    assert found({name: {"max_bytes": 8, "reason": " "}}) == [
-        f"{name} is allowed to spill without a reason"
-    ]
-
-
-def test_the_recorded_budget_is_well_formed():
-    budget = json.loads((ROOT / "tools/kernel_budget.json").read_text())
-    assert budget["entries_per_arch"] > 0
-    for allowance in budget["spills"].values():
-        assert allowance["max_bytes"] > 0 and allowance["reason"].strip()
-
-
-def test_nvcc_wrapper_keeps_the_log_and_passes_on_the_rest(tmp_path):
-    log = tmp_path / "log"
-    log.write_text(LOG)
-    compiler = tmp_path / "nvcc"
-    compiler.write_text(f'#!/bin/sh\ncat {log} >&2\n[ "$1" != fail ]\n')
-    compiler.chmod(0o755)
-    wrapper = [sys.executable, str(ROOT / "tools/nvcc_logged.py"), str(compiler)]
-
-    def run(*arguments):
-        command = [*wrapper, *arguments, "-o", str(tmp_path / "a.o")]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    good = run("pass")
-    assert (good.returncode, good.stderr) == (0, "warning: something else\n")
-    assert (tmp_path / "a.o.ptxas").read_text() == LOG
-    bad = run("fail")
-    assert (bad.returncode, bad.stderr) == (1, LOG)
-
-
-# --- the extension, where it is built -------------------------------------------------------------
-
-
-def test_every_registered_kernel_has_its_resources():
-    _C = pytest.importorskip("flash_attn2._C", reason="the CUDA extension is not built here")
-    path = Path(_C.__file__).with_name(ptxas.RESOURCE_FILE)
-    entries = ptxas.read_resources(path)
-    archs = {f"sm_{arch}" for arch in _C.build_info()["archs"]}
-    assert {entry.arch for entry in entries} == archs
-    for row in _C.list_kernels():
-        found = [entry for entry in entries if entry.name == row["name"]]
-        expected = {"sm_90a"} if row["family"] == "sm90" else archs
-        assert {entry.arch for entry in found} == expected, row["name"]
-        for entry in found:
-            assert 0 < entry.registers * row["threads"] <= 65536, entry.name
-
-
-def test_the_extension_is_built_for_gpus_torch_reports():
-    pairs = [(9, 0), (8, 9), (9, 0)]
-    cuda = types.SimpleNamespace(
-        is_available=lambda: True,
-        device_count=lambda: len(pairs),
-        get_device_capability=lambda index: pairs[index],
-    )
-    assert command.gpu_capabilities(types.SimpleNamespace(cuda=cuda)) == [(8, 9), (9, 0)]
-    cuda.is_available = lambda: False
-    assert command.gpu_capabilities(types.SimpleNamespace(cuda=cuda)) == []

@@ -6,15 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+import fuzz_kernels
 import pytest
 import torch
+from fuzz_kernels import BUCKETS, LAYOUTS, TILE_ROWS, Draw, draw
 from numerics import rounded_result
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-
-import fuzz_kernels  # noqa: E402
-from fuzz_kernels import BUCKETS, LAYOUTS, TILE_ROWS, Draw, draw  # noqa: E402
 
 CPU = torch.device("cpu")
 DRAWS = [draw(0, index) for index in range(2000)]

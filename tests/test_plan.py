@@ -1,4 +1,4 @@
-"""The host's plan for every GPU it knows: which kernel, grid and workspace, and why not the others.
+"""The host's plan for every GPU it knows: which kernel, and why not the others.
 
 Needs the compiled extension, but no GPU.
 """
@@ -9,25 +9,23 @@ import subprocess
 import sys
 
 import pytest
+from plans import (
+    DIRECTIONS,
+    EXTENSION,
+    GPUS,
+    KERNELS,
+    SERVED_GPUS,
+    built,
+    needs_extension,
+    needs_sm80,
+    needs_sm90,
+    plan_for,
+)
 
 import flash_attn2
-from flash_attn2 import ops
 from flash_attn2.introspection import forced_family
 
-EXTENSION = ops.EXTENSION
-pytestmark = pytest.mark.skipif(EXTENSION is None, reason="flash_attn2._C is not built")
-
-GPUS = {gpu["name"]: gpu for gpu in EXTENSION.list_gpus()} if EXTENSION else {}
-KERNELS = {row["name"]: row for row in EXTENSION.list_kernels()} if EXTENSION else {}
-DIRECTIONS = ("forward", "backward")
-
-FAMILIES = {row["family"] for row in KERNELS.values()}
-needs_sm80 = pytest.mark.skipif("sm80" not in FAMILIES, reason="built without the sm80 family")
-needs_sm90 = pytest.mark.skipif("sm90" not in FAMILIES, reason="built without the sm90 family")
-# The sm90 family is for Hopper alone.
-SERVED_GPUS = [
-    pytest.param(name, marks=() if gpu["arch"] == 90 else needs_sm80) for name, gpu in GPUS.items()
-]
+pytestmark = needs_extension
 
 REASONS = (
     r"is a (forward|backward) kernel",
@@ -43,40 +41,6 @@ REASONS = (
     r"fits, but \w+ has smaller head_dim buckets \(\d+ \+ \d+ < \d+ \+ \d+\)",
     r"fits, but \w+ (has a smaller head_dim bucket|is of a newer family|is preferred) \(.+\)",
 )
-
-
-def built(direction: str, dtype: str) -> list[int]:
-    """Head dim buckets of this build, which a filter may have narrowed."""
-    return sorted(
-        {
-            row["head_dim"]
-            for row in KERNELS.values()
-            if row["direction"] == direction and row["dtype"] == dtype
-        }
-    )
-
-
-def plan_for(direction="forward", dtype=None, **sizes) -> dict:
-    """The plan for a small problem with the largest built head dim, except as given."""
-    dtype = dtype or EXTENSION.build_info()["dtypes"][0]
-    problem = {
-        "batch": 2,
-        "seqlen_q": 1000,
-        "seqlen_k": 1000,
-        "heads_q": 8,
-        "heads_k": 8,
-        "head_dim": built(direction, dtype)[-1],
-    }
-    return flash_attn2.plan(direction, dtype=dtype, **{**problem, **sizes})
-
-
-def is_persistent(plan: dict) -> bool:
-    """Whether the kernel's grid has one thread block a multiprocessor at most."""
-    return KERNELS[plan["kernel"]]["persistent"]
-
-
-def round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
 
 
 # Choice of a kernel -------------------------------------------------------------------------------
@@ -332,180 +296,6 @@ def test_a_grid_of_clusters_has_no_more_blocks_than_the_gpu(gpu):
         sizes = {"seqlen_q": 256 * row["tile_m"], "seqlen_k": 7777, "head_dim": row["head_dim"]}
         grid = plan_for(row["direction"], row["dtype"], gpu=gpu, **sizes)["grid"]
         assert 0 <= GPUS[gpu]["sm_count"] - grid < row["cluster"] and grid % row["cluster"] == 0
-
-
-# Grid ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seqlen", [0, 1, 31, 32, 33, 127, 128, 129, 1000, 131072])
-def test_forward_grid_is_row_blocks_of_all_query_heads(seqlen):
-    plan = plan_for("forward", seqlen_q=seqlen, seqlen_k=77, batch=3, heads_q=6, heads_k=2)
-    blocks = 3 * 6 * -(-seqlen // plan["tile_m"])
-    sm_count = GPUS["H200"]["sm_count"]
-    assert plan["grid"] == (min(blocks, sm_count) if is_persistent(plan) else blocks)
-
-
-@pytest.mark.parametrize("seqlen", [0, 1, 31, 32, 33, 127, 128, 129, 1000, 131072])
-def test_backward_grid_is_column_blocks_of_all_kv_heads(seqlen):
-    plan = plan_for("backward", seqlen_q=77, seqlen_k=seqlen, batch=3, heads_q=6, heads_k=2)
-    assert plan["grid"] == 3 * 2 * -(-seqlen // plan["tile_n"])
-
-
-@needs_sm80
-def test_large_grids_are_counted_in_64_bits():
-    plan = plan_for(
-        "forward", batch=1, heads_q=64, heads_k=64, seqlen_q=2**30, seqlen_k=1, gpu="A100"
-    )
-    assert plan["grid"] == 64 * 2**30 // plan["tile_m"]
-
-
-@pytest.mark.parametrize(
-    "direction, seqlens, name",
-    [
-        ("forward", (2**30, 1), "seqlen_q"),
-        ("backward", (2**30, 1), "seqlen_q"),
-        ("backward", (1, 2**30), "seqlen_k"),
-    ],
-)
-def test_a_grid_that_cuda_cannot_launch_is_an_error(direction, seqlens, name):
-    with pytest.raises(ValueError, match=rf"^{name}: is {2**30}, .* at most 2147483647"):
-        plan_for(direction, batch=1000, seqlen_q=seqlens[0], seqlen_k=seqlens[1])
-
-
-# Heads that share the L2 cache --------------------------------------------------------------------
-
-
-def group_for(seqlen_k, **sizes) -> int:
-    """heads_per_group, causal, on an L4 (48 MiB of L2): a KV head takes 4 * seqlen_k * 64 bytes."""
-    sizes = {"window_right": 0, **sizes}
-    return plan_for("forward", seqlen_k=seqlen_k, head_dim=64, gpu="L4", **sizes)["heads_per_group"]
-
-
-@needs_sm80
-def test_heads_per_group_fills_half_of_the_cache():
-    # 16384 keys: K and V of one head take 4 MiB, and 24 MiB hold 6 of them.
-    assert group_for(16384, batch=2, heads_q=16, heads_k=16) == 6
-    # With 32 columns of V it is 3 MiB a head.
-    assert group_for(16384, batch=2, heads_q=16, heads_k=16, head_dim_v=32) == 8
-    # Groups of 3 query heads that share a KV head stay together.
-    assert group_for(32768, batch=2, heads_q=48, heads_k=16) == 9
-
-
-@needs_sm80
-def test_heads_per_group_is_about_16_where_more_fit():
-    assert group_for(128, batch=2, heads_q=16, heads_k=4) == 16
-    assert group_for(128, batch=2, heads_q=15, heads_k=5) == 18
-    assert group_for(0, batch=2, heads_q=16, heads_k=4) == 16
-    assert group_for(128, batch=1, heads_q=8, heads_k=4) == 8
-
-
-@needs_sm80
-def test_heads_per_group_is_one_without_a_mask():
-    assert group_for(128, batch=2, heads_q=16, heads_k=4, window_right=-1) == 1
-    assert group_for(1024, batch=2, heads_q=16, heads_k=4, window_left=64) == 1
-
-
-def persistent_group(head_dim=64, **sizes) -> int:
-    """heads_per_group of a persistent forward of 2 batches."""
-    if head_dim not in built("forward", EXTENSION.build_info()["dtypes"][0]):
-        pytest.skip(f"this build has no head dim {head_dim}")
-    plan = plan_for("forward", head_dim=head_dim, batch=2, **sizes)
-    if not is_persistent(plan):
-        pytest.skip("no persistent kernel in this build")
-    return plan["heads_per_group"]
-
-
-@pytest.mark.parametrize(
-    "heads_q, heads_k, expected",
-    [(8, 8, 16), (32, 32, 16), (20, 20, 14), (33, 33, 14), (32, 8, 16)],
-)
-def test_a_persistent_grid_takes_16_heads_or_more_in_groups_of_nearly_one_size(
-    heads_q, heads_k, expected
-):
-    # K and V of one head take 32 MiB, so none but these 16 would go together.
-    heads = {"heads_q": heads_q, "heads_k": heads_k}
-    assert persistent_group(seqlen_q=131072, seqlen_k=131072, window_right=0, **heads) == expected
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"seqlen_q": 131072, "seqlen_k": 131072},
-        {"seqlen_q": 131072, "seqlen_k": 131072, "window_left": 4096, "window_right": 0},
-        {"seqlen_q": 2048, "seqlen_k": 2048, "window_right": 0},
-    ],
-    ids=["no mask", "window", "few tiles"],
-)
-def test_a_persistent_grid_goes_head_by_head_where_that_comes_out_even(sizes):
-    assert persistent_group(128, heads_q=64, heads_k=16, **sizes) == 1
-
-
-def test_a_persistent_grid_of_tall_tiles_takes_heads_together_under_a_mask():
-    sizes = {"seqlen_q": 2048, "seqlen_k": 2048, "heads_q": 64, "heads_k": 16}
-    assert persistent_group(64, **sizes) == 1
-    assert persistent_group(64, window_right=0, **sizes) > 16
-
-
-def test_a_persistent_grid_takes_all_heads_together_where_tiles_are_few():
-    assert persistent_group(seqlen_q=512, seqlen_k=512, window_right=0, heads_q=16, heads_k=4) == 32
-
-
-@needs_sm80
-def test_heads_per_group_is_one_kv_head_when_none_fits():
-    assert group_for(2**24, batch=2, heads_q=16, heads_k=4) == 4
-    assert group_for(2**24, batch=2, heads_q=4, heads_k=4) == 1
-
-
-@needs_sm80
-def test_heads_per_group_of_an_empty_batch_is_positive():
-    assert group_for(128, batch=0, heads_q=16, heads_k=4) == 1
-
-
-# Workspace ----------------------------------------------------------------------------------------
-
-
-def test_forward_needs_no_workspace():
-    assert plan_for("forward", deterministic=True)["workspace_bytes"] == 0
-
-
-@needs_sm80
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("seqlen_q", [0, 1, 63, 64, 65, 1000])
-@pytest.mark.parametrize("gpu", ["A100", "RTX4090"])
-def test_backward_workspace(seqlen_q, deterministic, gpu):
-    plan = plan_for(
-        "backward",
-        batch=3,
-        heads_q=5,
-        heads_k=1,
-        seqlen_q=seqlen_q,
-        seqlen_k=200,
-        deterministic=deterministic,
-        gpu=gpu,
-    )
-    row = KERNELS[plan["kernel"]]
-    row_blocks = 3 * 5 * -(-seqlen_q // row["tile_m"])
-    rows = row_blocks * row["tile_m"]
-    expected = 2 * round_up(4 * rows, 256) + round_up(4 * rows * row["head_dim"], 256)
-    if deterministic:
-        expected += round_up(4 * row_blocks, 256) + 256
-    assert plan["workspace_bytes"] == expected
-
-
-def test_workspace_has_the_columns_of_q():
-    unequal = [row for row in KERNELS.values() if row["head_dim"] != row["head_dim_v"]]
-    if not unequal:
-        pytest.skip("no kernel of unequal head dims in this build")
-    for row in unequal:
-        d, dv = row["head_dim"], row["head_dim_v"]
-        plan = plan_for("backward", row["dtype"], head_dim=d, head_dim_v=dv, seqlen_q=1024)
-        assert plan["workspace_bytes"] == 2 * 8 * 1024 * 4 * (d + 2)
-
-
-def test_workspace_is_counted_in_64_bits():
-    plan = plan_for("backward", batch=1, heads_q=64, heads_k=64, seqlen_q=2**17, seqlen_k=2**17)
-    bucket = KERNELS[plan["kernel"]]["head_dim"]
-    assert plan["workspace_bytes"] == 64 * 2**17 * 4 * (bucket + 2) > 2**31
 
 
 # Window -------------------------------------------------------------------------------------------
