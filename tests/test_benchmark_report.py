@@ -5,27 +5,12 @@ import math
 
 import pytest
 import torch
-from benchmark_samples import CPU, OURS, PEERS
+from benchmark_samples import CPU, OURS, PEERS, synthetic_results
 
-from benchmarks import attention, cases, floor, report, timing
+from benchmarks import cases, floor, report
 from benchmarks.__main__ import make_parser
 from benchmarks.cases import Case, UsageError
 from benchmarks.plot import MOST_BYTES, plot_results
-
-
-def synthetic_results(grid=None, peer_ms=1.1, our_passes=(1.0, 1.0), peer_passes=None):
-    """An ``attention`` results file in which every cell takes the same time."""
-    peer_passes = peer_passes or (peer_ms, peer_ms)
-    rows = []
-    for case in grid or cases.grid():
-        for name, times in ((OURS, our_passes), ("torch[flash]", peer_passes)):
-            for direction in ("forward", "backward"):
-                cell = attention.Cell(name, case, direction, "eager")
-                for ms in times:
-                    cell.add_pass(timing.Runner(name, (), samples=[ms] * 3))
-                rows.append(cell.row())
-    environment = report.environment(CPU, "0123456789abcdef-dirty")
-    return {"name": "synthetic", "kind": "attention", "environment": environment, "rows": rows}
 
 
 def test_environment_takes_the_given_commit():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_benchmarks import OURS, synthetic_results
+from benchmark_samples import OURS, synthetic_results
 
 from benchmarks import cases, readme, report
 from benchmarks.__main__ import main
