@@ -240,7 +240,7 @@ struct ForwardConsumer {
 
   __device__ __forceinline__ void run() {
     GroupTurns::start(group);
-    typename Traits::Schedule schedule(arguments.params);
+    typename Traits::Schedule schedule(arguments.params, arguments.divisors);
     ForwardTile tile;
     while (schedule.next(tile)) run_tile(tile);
     wait_for_store();  // shared memory has to outlive it

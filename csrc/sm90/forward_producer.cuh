@@ -63,7 +63,7 @@ struct ForwardProducer {
 
   // In the order in which the consumers want them: K runs one block ahead of V.
   __device__ __forceinline__ void run() {
-    typename Traits::Schedule schedule(arguments.params);
+    typename Traits::Schedule schedule(arguments.params, arguments.divisors);
     ForwardTile tile;
     while (schedule.next(tile)) {
       const bool any_key = tile.blocks.begin < tile.blocks.end;

@@ -123,6 +123,7 @@ struct ForwardTraits {
 // The kernel's argument.
 struct ForwardArguments {
   ForwardParams params;
+  ScheduleDivisors divisors;
   CUtensorMap q, k, v, out;  // boxes of 64 rows, kPartRows rows, kPartRows rows, 16 rows
 };
 

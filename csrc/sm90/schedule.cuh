@@ -1,6 +1,8 @@
 // Which tiles a thread block of the persistent forward grid works on, in which order.
 #pragma once
 
+#include <cutlass/fast_math.h>
+
 #include "../core/schedule.cuh"
 
 namespace flash_attn2::sm90 {
@@ -11,6 +13,21 @@ struct ForwardTile {
   int head_k;
   int row_begin;      // may be negative, see next()
   BlockRange blocks;  // of keys that some row of the tile sees
+};
+
+// What the schedule divides by, as multiplications: nothing hides a division between two tiles.
+struct ScheduleDivisors {
+  using Divisor = cutlass::FastDivmod;
+  Divisor blocks, tiles_per_group, heads_per_group, heads, heads_per_kv_head;
+
+  ScheduleDivisors() = default;
+  // `blocks`: of query rows, of one head.
+  ScheduleDivisors(const ForwardParams& params, int blocks)
+      : blocks(blocks),
+        tiles_per_group(blocks * params.heads_per_group),  // fits, see the plan
+        heads_per_group(params.heads_per_group),
+        heads(params.shape.heads_q),
+        heads_per_kv_head(params.shape.heads_q / params.shape.heads_k) {}
 };
 
 // A static schedule, the same for producer and consumers without a word between them. Rounds of
@@ -24,17 +41,43 @@ struct ForwardTile {
 template <int kTileM, int kTileN, int kWarpRows>
 struct ForwardSchedule {
   const ForwardParams& params;
+  const ScheduleDivisors& divisors;
   const VisibleKeys visible;
   const int blocks;  // of query rows, of one head
-  const unsigned tiles, tiles_per_group;
+  const unsigned tiles;
   unsigned round = 0;
 
-  __device__ __forceinline__ explicit ForwardSchedule(const ForwardParams& params)
+  __device__ __forceinline__ ForwardSchedule(const ForwardParams& params,
+                                             const ScheduleDivisors& divisors)
       : params(params),
+        divisors(divisors),
         visible(params.shape, params.window),
         blocks(ceil_div(params.shape.seqlen_q, kTileM)),
-        tiles(unsigned(blocks) * params.shape.heads_q * params.shape.batch),
-        tiles_per_group(unsigned(blocks) * params.heads_per_group) {}
+        tiles(unsigned(blocks) * params.shape.heads_q * params.shape.batch) {}
+
+  // core/schedule.cuh's forward_tile without its divisions.
+  __device__ __forceinline__ TileCoord coord_of(int index) const {
+    const AttentionShape& shape = params.shape;
+    int head, rank;
+    if (params.heads_per_group == 1) {
+      divisors.blocks(head, rank, index);
+    } else {
+      int group, in_group;
+      divisors.tiles_per_group(group, in_group, index);
+      const int first_head = group * params.heads_per_group;
+      const int heads_left = shape.heads_q * shape.batch - first_head;
+      if (heads_left >= params.heads_per_group) {
+        divisors.heads_per_group(rank, head, in_group);
+      } else {
+        rank = in_group / heads_left;
+        head = in_group - rank * heads_left;
+      }
+      head += first_head;
+    }
+    int batch, head_of_batch;
+    divisors.heads(batch, head_of_batch, head);
+    return {blocks - 1 - rank, head_of_batch, batch};
+  }
 
   // The next tile; false when there is none.
   __device__ __forceinline__ bool next(ForwardTile& tile) {
@@ -44,14 +87,15 @@ struct ForwardSchedule {
     if (index >= tiles) return false;
 
     if (params.heads_per_group > 1) {
-      const unsigned group = index / tiles_per_group;
-      if (((tiles - 1) / tiles_per_group - group) % 2 == 1) {  // so the group has all its tiles
-        index = (2 * group + 1) * tiles_per_group - 1 - index;
+      const unsigned group = divisors.tiles_per_group.div(int(index));
+      const unsigned last_group = divisors.tiles_per_group.div(int(tiles - 1));
+      if ((last_group - group) % 2 == 1) {  // so the group has all its tiles
+        index = (2 * group + 1) * divisors.tiles_per_group.divisor - 1 - index;
       }
     }
     const AttentionShape& shape = params.shape;
-    tile.coord = forward_tile(index, blocks, shape.heads_q, shape.batch, params.heads_per_group);
-    tile.head_k = tile.coord.head / (shape.heads_q / shape.heads_k);
+    tile.coord = coord_of(int(index));
+    tile.head_k = divisors.heads_per_kv_head.div(tile.coord.head);
     // The tiles of a head end with its last row, so that it is the first tile, the shortest under a
     // causal mask, that has rows to spare. Whole warps of them: no store may start before row 0.
     const int end = ceil_div(shape.seqlen_q, kWarpRows) * kWarpRows;
