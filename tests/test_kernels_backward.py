@@ -18,6 +18,8 @@ from cases import (
 )
 from numerics import amid_nan, assert_result, fp64_result, relative_error, run_op, torch_flash
 
+import flash_attn2
+
 pytestmark = pytest.mark.gpu
 
 YARDSTICK_LENGTHS = ((1024, 1024), (512, 1200), (1200, 512))
@@ -130,6 +132,28 @@ def test_long_sequence(mask):
     case = Case(8192, 900, 1, 1, head_dim=128, batch=1, mask=mask)
     check(case, torch.bfloat16)
     check(Case(900, 8192, 1, 1, head_dim=128, batch=1, mask=mask), torch.bfloat16)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
+@pytest.mark.parametrize("heads", [(4, 4), (12, 4)], ids=str)
+@pytest.mark.parametrize("head_dims", YARDSTICK_HEAD_DIMS, ids=str)
+def test_more_heads_than_dq_has_slots(head_dims, heads, deterministic):
+    """640 KV heads take the slots of dQ's accumulator in turn, 266 at most on 132 multiprocessors;
+    under the masks some thread blocks add nothing, and some rows get nothing.
+    """
+    d, dv = head_dims
+    for mask, lengths in (("full", (130, 270)), ("causal", (270, 200)), ("window", (300, 70))):
+        case = Case(*lengths, *heads, head_dim=d, head_dim_v=dv, batch=160, mask=mask)
+        check(case, torch.bfloat16, deterministic=deterministic)
+
+
+def test_more_heads_than_dq_has_slots_without_queries():
+    q, k, v = (torch.randn(300, n, 4, 64, device="cuda", dtype=torch.float16) for n in (0, 70, 70))
+    k.requires_grad_(), v.requires_grad_()
+    out = flash_attn2.flash_attn_func(q, k, v)
+    grads = torch.autograd.grad(out.sum(), (k, v))
+    torch.cuda.synchronize()
+    assert all(torch.count_nonzero(x) == 0 for x in grads)
 
 
 def test_many_heads_and_batches():

@@ -9,6 +9,7 @@ from plans import (
     is_persistent,
     needs_extension,
     needs_sm80,
+    needs_sm90,
     plan_for,
     round_up,
 )
@@ -173,6 +174,28 @@ def test_backward_workspace(seqlen_q, deterministic, gpu):
     assert plan["workspace_bytes"] == expected
 
 
+@needs_sm90
+@pytest.mark.parametrize("batch", [0, 1, 32, 1000])
+@pytest.mark.parametrize("seqlen_k", [0, 1, 512, 16384])
+@pytest.mark.parametrize("seqlen_q", [0, 1, 1000])
+def test_backward_workspace_of_a_ring(seqlen_q, seqlen_k, batch):
+    """sm90: dQ's sums of two rounds of thread blocks, and two counters for each KV head."""
+    plan = plan_for(
+        "backward", batch=batch, heads_q=6, heads_k=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k
+    )
+    row = KERNELS[plan["kernel"]]
+    key_blocks = max(-(-seqlen_k // row["tile_n"]), 1)
+    assert plan["dq_lag"] == -(-GPUS["H200"]["sm_count"] // key_blocks) + 1
+    assert plan["dq_slots"] == min(2 * plan["dq_lag"], batch * 2)
+    rows_of_head = round_up(seqlen_q, row["tile_m"])
+    rows, sums = batch * 6 * rows_of_head, plan["dq_slots"] * 3 * rows_of_head
+    assert plan["workspace_bytes"] == (
+        2 * round_up(4 * rows, 256)
+        + round_up(4 * sums * row["head_dim"], 256)
+        + 2 * round_up(4 * batch * 2, 256)
+    )
+
+
 def test_workspace_has_the_columns_of_q():
     unequal = [row for row in KERNELS.values() if row["head_dim"] != row["head_dim_v"]]
     if not unequal:
@@ -180,10 +203,13 @@ def test_workspace_has_the_columns_of_q():
     for row in unequal:
         d, dv = row["head_dim"], row["head_dim_v"]
         plan = plan_for("backward", row["dtype"], head_dim=d, head_dim_v=dv, seqlen_q=1024)
-        assert plan["workspace_bytes"] == 2 * 8 * 1024 * 4 * (d + 2)
+        counters = 2 * 256  # of the ring
+        assert plan["workspace_bytes"] == 2 * 8 * 1024 * 4 * (d + 2) + counters
 
 
+@needs_sm80
 def test_workspace_is_counted_in_64_bits():
-    plan = plan_for("backward", batch=1, heads_q=64, heads_k=64, seqlen_q=2**17, seqlen_k=2**17)
+    sizes = {"batch": 1, "heads_q": 64, "heads_k": 64, "seqlen_q": 2**17, "seqlen_k": 2**17}
+    plan = plan_for("backward", family="sm80", **sizes)
     bucket = KERNELS[plan["kernel"]]["head_dim"]
     assert plan["workspace_bytes"] == 64 * 2**17 * 4 * (bucket + 2) > 2**31

@@ -66,11 +66,18 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (!in_grid) return;
 
-  float4* dq = reinterpret_cast<float4*>(bwd.dq_accum + row_index * params.head_dim_rounded);
-  for (int i = lane; i < params.head_dim_rounded / 4; i += params.lanes) {
-    dq[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  const int group = shape.heads_q / shape.heads_k;
+  if (head_row / group < bwd.dq_slots) {
+    float4* dq = reinterpret_cast<float4*>(bwd.dq_accum + row_index * params.head_dim_rounded);
+    for (int i = lane; i < params.head_dim_rounded / 4; i += params.lanes) {
+      dq[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
   }
   if (lane != 0) return;
+  if (bwd.dq_added != nullptr && row == 0 && head_row % group == 0) {
+    bwd.dq_added[head_row / group] = 0;
+    bwd.dq_converted[head_row / group] = 0;
+  }
   if (bwd.dq_turn != nullptr && row % params.tile_m == 0) {
     bwd.dq_turn[row_index / params.tile_m] = 0;
   }

@@ -55,9 +55,15 @@ struct BackwardParams {
   // Q.
   float* lse_log2 = nullptr;  // (batch, heads_q, seqlen_q_rounded): LSE * log2(e), +inf on padding
   float* delta = nullptr;     // (batch, heads_q, seqlen_q_rounded): D = rowsum(dO * O) - dLSE
-  float* dq_accum = nullptr;  // (batch, heads_q, seqlen_q_rounded, head_dim_rounded), tile order
-  int* dq_turn = nullptr;     // (batch, heads_q, seqlen_q_rounded / tile_m); null: unordered adds
-  int* ticket = nullptr;      // one counter that hands out column blocks when dq_turn is used
+  float* dq_accum = nullptr;  // (dq_slots, heads_q / heads_k, seqlen_q_rounded, head_dim_rounded),
+                              // tile order
+  int* dq_added = nullptr;  // (batch, heads_k), likewise dq_converted; see sm90/dq_accumulator.cuh
+  int* dq_converted = nullptr;
+  int* dq_turn = nullptr;  // (batch, heads_q, seqlen_q_rounded / tile_m); null: unordered adds
+  int* ticket = nullptr;   // one counter that hands out column blocks when dq_turn is used
+
+  int dq_slots = 1;  // KV heads that have a place in dq_accum, which they take in turn
+  int dq_lag = 0;  // a thread block converts dQ of the KV head that comes this many before its own
 
   // See turn_order.h.
   int turn_group = 1;            // key blocks of a head that take turns side by side

@@ -49,6 +49,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   params.lse = lse_in.const_data_ptr<float>();
   params.dlse = dlse_in.defined() ? dlse_in.const_data_ptr<float>() : nullptr;
   params.softmax_scale = scaled.scale;
+  params.dq_slots = plan.dq_slots;
+  params.dq_lag = plan.dq_lag;
   params.turn_group = plan.turn_group;
   params.turns_alternate = plan.turns_alternate;
   carve_workspace(params, workspace.mutable_data_ptr(), plan.workspace);

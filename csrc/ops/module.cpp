@@ -104,6 +104,8 @@ py::dict plan_to_dict(const Problem& problem, const DeviceLimits& device) {
   result["smem_bytes"] = plan.launch.smem_bytes;
   result["workspace_bytes"] = plan.workspace.total;
   result["heads_per_group"] = plan.heads_per_group;
+  result["dq_slots"] = plan.dq_slots;
+  result["dq_lag"] = plan.dq_lag;
   result["turn_group"] = plan.turn_group;
   result["turns_alternate"] = plan.turns_alternate;
   result["window_left"] = problem.window.left;

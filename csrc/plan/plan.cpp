@@ -192,11 +192,25 @@ int heads_of_persistent_group(const AttentionShape& shape, const Window& window,
   return static_cast<int>(std::min(ceil_div(heads, group) * group, query_heads));
 }
 
-Workspace lay_out(const KernelRow& row, const Problem& problem) {
+// Thread blocks whose index is lower by a whole round of the GPU have mostly ended, so that what
+// they added can be converted; and one round later that has been done, too.
+int lag_of_conversion(const KernelRow& row, const AttentionShape& shape,
+                      const DeviceLimits& device) {
+  const int64_t key_blocks = std::max<int64_t>(ceil_div(shape.seqlen_k, row.tile_n), 1);
+  return static_cast<int>(ceil_div(device.sm_count, key_blocks) + 1);
+}
+
+int slots_of_dq(const KernelRow& row, const AttentionShape& shape, int lag) {
+  const int64_t heads = int64_t{shape.batch} * shape.heads_k;
+  return static_cast<int>(row.dq_ring ? std::min<int64_t>(2 * int64_t{lag}, heads) : heads);
+}
+
+Workspace lay_out(const KernelRow& row, const Problem& problem, int dq_slots) {
   const AttentionShape& shape = problem.shape;
   const int64_t batch_heads = int64_t{shape.batch} * shape.heads_q;
-  const int64_t row_blocks = batch_heads * ceil_div(shape.seqlen_q, row.tile_m);
-  const int64_t rows = row_blocks * row.tile_m;
+  const int64_t row_blocks = batch_heads * query_tiles(row, shape);
+  const int64_t rows_of_head = query_tiles(row, shape) * row.tile_m;
+  const int64_t rows = batch_heads * rows_of_head;
   int64_t end = 0;
   const auto take = [&end](int64_t bytes) {
     const int64_t offset = end;
@@ -206,7 +220,12 @@ Workspace lay_out(const KernelRow& row, const Problem& problem) {
   Workspace workspace;
   workspace.lse_log2 = take(rows * sizeof(float));
   workspace.delta = take(rows * sizeof(float));
-  workspace.dq_accum = take(rows * row.head_dim * sizeof(float));
+  const int64_t group = shape.heads_q / shape.heads_k;
+  workspace.dq_accum = take(dq_slots * group * rows_of_head * row.head_dim * sizeof(float));
+  if (row.dq_ring) {
+    workspace.dq_added = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
+    workspace.dq_converted = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
+  }
   if (problem.deterministic) {
     workspace.dq_turn = take(row_blocks * sizeof(int));
     workspace.ticket = take(sizeof(int));
@@ -305,7 +324,9 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
   } else {
     plan.launch.grid =
         count_blocks("seqlen_k", shape.seqlen_k, row.tile_n, int64_t{shape.batch} * shape.heads_k);
-    plan.workspace = lay_out(row, problem);
+    plan.dq_lag = lag_of_conversion(row, shape, device);
+    plan.dq_slots = slots_of_dq(row, shape, plan.dq_lag);
+    plan.workspace = lay_out(row, problem, plan.dq_slots);
     if (problem.deterministic) {
       plan.turn_group = turn_group(row, shape, device);
       plan.turns_alternate = 2 * plan.turn_group > device.sm_count;  // one head at a time
@@ -332,6 +353,8 @@ void carve_workspace(BackwardParams& params, void* base, const Workspace& worksp
   params.lse_log2 = static_cast<float*>(at(workspace.lse_log2));
   params.delta = static_cast<float*>(at(workspace.delta));
   params.dq_accum = static_cast<float*>(at(workspace.dq_accum));
+  params.dq_added = static_cast<int*>(at(workspace.dq_added));
+  params.dq_converted = static_cast<int*>(at(workspace.dq_converted));
   params.dq_turn = static_cast<int*>(at(workspace.dq_turn));
   params.ticket = static_cast<int*>(at(workspace.ticket));
 }

@@ -35,6 +35,8 @@ struct Workspace {
   int64_t lse_log2 = kAbsent;
   int64_t delta = kAbsent;
   int64_t dq_accum = kAbsent;
+  int64_t dq_added = kAbsent;  // this and the next only for rows with dq_ring
+  int64_t dq_converted = kAbsent;
   int64_t dq_turn = kAbsent;  // only when deterministic
   int64_t ticket = kAbsent;   // only when deterministic
   int64_t total = 0;          // bytes of the allocation
@@ -45,7 +47,9 @@ struct Plan {
   LaunchConfig launch;
   int heads_per_group = 1;  // forward: query heads whose K and V share the L2 cache
   Workspace workspace;      // backward
-  int turn_group = 1;       // deterministic backward: see core/turn_order.h
+  int dq_slots = 1;         // backward: see sm90/dq_accumulator.cuh
+  int dq_lag = 0;
+  int turn_group = 1;  // deterministic backward: see core/turn_order.h
   bool turns_alternate = false;
 };
 

@@ -38,6 +38,7 @@ struct KernelRow {
   int min_arch;    // 80: runs from sm_80 on; of two families that fit, the newer one wins
   int max_arch = std::numeric_limits<int>::max();  // 90: runs up to sm_90
   bool persistent = false;  // the grid has one thread block a multiprocessor at most
+  bool dq_ring = false;     // backward: dQ is converted on the way, see sm90/dq_accumulator.cuh
   int cluster = 1;          // thread blocks that load for each other: needs no mask, and tiles of
                             // a head that divide by it
   int max_keys = std::numeric_limits<int>::max();  // the longest seqlen_k it serves

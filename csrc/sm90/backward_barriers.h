@@ -9,8 +9,9 @@
 //   dout_empty[s]    8 (consumer warps)     dO and delta of the step are used    producer
 //   p_full[b]        8 (consumer warps)     buffer b holds P; kColumns only      consumers
 //   ds_full[b]       8; kRoles: 128         buffer b holds a step's dS           consumers
-//   done             8 (consumer warps)     nobody reads K and V any more        consumers
-//   turn_come        1 (turn taker)         the step's dQ may be added           consumers
+//   dq_full          1 (converter) + bytes  a part of an earlier head's dQ came  converters
+//   done             8 (consumer warps)     nobody reads K and V any more        consumers,
+//   producer turn_come        1 (turn taker)         the step's dQ may be added           consumers
 //   turn_used        8 (consumer warps)     the step's dQ is added               turn passer
 //   turn_seen        1 (turn passer)        ... and the passer has seen it       turn taker
 //
@@ -22,6 +23,7 @@
 // Named barriers:
 //
 //   consumer(w)      128: consumer w alone
+//   converters       96; deterministic mode: 32. Those warps of the producer's warpgroup alone
 //   shared_p         256: ConsumerSplit::kRoles; the buffer holds a step's P: P's consumer arrives,
 //                    dS's waits
 #pragma once
@@ -34,7 +36,7 @@ inline constexpr int kConsumers = 2;
 
 template <int kStages, int kDoutStages, int kScoreBuffers, int kDsArrivals>
 struct BackwardBarriers {
-  LoadBarrier k_full, v_full, q_full[kStages], dout_full[kDoutStages];
+  LoadBarrier k_full, v_full, q_full[kStages], dout_full[kDoutStages], dq_full;
   Barrier q_empty[kStages], dout_empty[kDoutStages];
   Barrier p_full[kScoreBuffers], ds_full[kScoreBuffers];
   Barrier done, turn_come, turn_used, turn_seen;
@@ -44,6 +46,7 @@ struct BackwardBarriers {
     constexpr int kConsumerWarps = kConsumers * kWarpsPerGroup;
     k_full.init(1);
     v_full.init(1);
+    dq_full.init(1);
     for (int i = 0; i < kStages; ++i) {
       q_full[i].init(1);
       q_empty[i].init(kConsumerWarps);
@@ -82,7 +85,10 @@ __device__ __forceinline__ int read_as_warp(const int& word) {
 __device__ __forceinline__ void sync_consumer(int consumer) {
   cutlass::arch::NamedBarrier::sync(kWarpGroupThreads, 1 + consumer);
 }
-inline constexpr uint32_t kSharedPBarrier = 3;
+__device__ __forceinline__ void sync_converters(int threads) {
+  cutlass::arch::NamedBarrier::sync(threads, 1 + kConsumers);
+}
+inline constexpr uint32_t kSharedPBarrier = 2 + kConsumers;
 __device__ __forceinline__ void announce_p() {
   cutlass::arch::NamedBarrier::arrive(kConsumers * kWarpGroupThreads, kSharedPBarrier);
 }

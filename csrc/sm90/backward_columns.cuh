@@ -142,7 +142,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     start_dv(step);
     finish_gemm<1>(acc_ds);
     make_score_gradients(step, acc_p, acc_ds);
-    const int tile = this->tile_index(step);
+    const int tile = this->tile_of_sums(step);
     this->wait_for_ds(step);
     this->start_dq(step, 0, acc_dq);
     if constexpr (!kLast) start_scores(step + 1, acc_p);

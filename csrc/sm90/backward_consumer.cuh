@@ -7,13 +7,6 @@
 
 namespace flash_attn2::sm90 {
 
-// Keeps the compiler from computing what follows from x once, before the loop, to hold it in
-// registers that the loop has not got.
-__device__ __forceinline__ int recompute(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 template <class Traits>
 struct BackwardConsumer {
   using Element = typename Traits::Element;
@@ -83,8 +76,8 @@ struct BackwardConsumer {
   __device__ __forceinline__ int first_row(int step) const {
     return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()].row_begin);
   }
-  __device__ __forceinline__ int tile_index(int step) const {
-    return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()].index);
+  __device__ __forceinline__ int tile_of_sums(int step) const {
+    return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()].sums);
   }
   // The buffers of Q (and L) or of dO (and D) of a step are no longer needed.
   __device__ __forceinline__ void release_q(int step) const {
@@ -103,7 +96,7 @@ struct BackwardConsumer {
         transposed(tile_k()), Traits::kSplitDqRows ? 0 : index, 0));
     start_gemm<MmaDq, Accumulate::kNo>(ds, k, acc);
   }
-  // `tile`: QueryTile::index of the step.
+  // `tile`: tile_of_sums of the step.
   __device__ __forceinline__ void add_dq(int step, int tile, int dq_part, const AccDq& acc) const {
     const BackwardParams& params = arguments.params;
     const bool ordered = params.dq_turn != nullptr;

@@ -44,6 +44,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.take_turns();
     } else if (ordered && threadIdx.x == 64) {
       BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.pass_turns();
+    } else if (Traits::kDqRing && threadIdx.x >= DqConverter<Traits>::first_thread(params)) {
+      DqConverter<Traits>(arguments, smem, index).run();
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

@@ -21,7 +21,7 @@ struct KeysConsumer : RegisterConsumer<Traits> {
     AccS acc_p, acc_ds;
     this->start_scores(step, acc_p);
     this->start_dp(step, acc_ds);
-    const int tile = this->tile_index(step);
+    const int tile = this->tile_of_sums(step);
     finish_gemm<1>(acc_p);
     this->make_probabilities(step, acc_p);
     finish_gemm<0>(acc_ds);

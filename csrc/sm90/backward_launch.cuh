@@ -1,6 +1,8 @@
 // Host side of the sm90 backward: tensor maps, launches, and the registry row.
 #pragma once
 
+#include <algorithm>
+
 #include "../common/backward_preprocess.h"
 #include "../core/kernel_row.h"
 #include "../core/launch.h"
@@ -12,26 +14,31 @@ template <class Traits>
 BackwardArguments backward_arguments(const BackwardParams& params) {
   constexpr DType kDType = DTypeOf<typename Traits::Element>::kValue;
   const AttentionShape& shape = params.shape;
-  const auto queries = [&](const TensorView& view, int columns, int box_columns) {
+  // Any device address, for the maps of tensors without elements.
+  void* const fallback = shape.seqlen_k > 0 ? params.k.ptr : params.lse_log2;
+  const auto queries = [&](const TensorView& view, int columns, int box_columns,
+                           int box_rows = Traits::kTileM) {
     return make_tensor_map(view, kDType, shape.batch, shape.seqlen_q, shape.heads_q, columns,
-                           Traits::kTileM, box_columns, params.k.ptr);
+                           box_rows, box_columns, fallback);
   };
   const auto keys = [&](const TensorView& view, int columns, int box_rows, int box_columns) {
     return make_tensor_map(view, kDType, shape.batch, shape.seqlen_k, shape.heads_k, columns,
-                           box_rows, box_columns, params.k.ptr);
+                           box_rows, box_columns, fallback);
   };
   BackwardArguments arguments;
   arguments.q = queries(params.q, shape.head_dim, kBoxColumns<Traits::kHeadDim>);
   arguments.k = keys(params.k, shape.head_dim, Traits::kTileN, Traits::kBoxK);
   arguments.v = keys(params.v, shape.head_dim_v, Traits::kTileN, kBoxColumns<Traits::kHeadDimV>);
   arguments.dout = queries(params.dout, shape.head_dim_v, kBoxColumns<Traits::kHeadDimV>);
+  arguments.dq =
+      queries(params.dq, shape.head_dim, kBoxColumns<Traits::kDqColumns>, Traits::kDqRows);
   arguments.dk = keys(params.dk, shape.head_dim, Traits::kGradientKeys, Traits::kBoxK);
   arguments.dv =
       keys(params.dv, shape.head_dim_v, Traits::kGradientKeys, kBoxColumns<Traits::kHeadDimV>);
   const int64_t query_tiles =
       int64_t(shape.batch) * shape.heads_q * ceil_div(shape.seqlen_q, Traits::kTileM);
-  arguments.lse = make_row_map(params.lse_log2, query_tiles, Traits::kTileM, params.k.ptr);
-  arguments.delta = make_row_map(params.delta, query_tiles, Traits::kTileM, params.k.ptr);
+  arguments.lse = make_row_map(params.lse_log2, query_tiles, Traits::kTileM, fallback);
+  arguments.delta = make_row_map(params.delta, query_tiles, Traits::kTileM, fallback);
   arguments.params = params;
   return arguments;
 }
@@ -40,15 +47,19 @@ template <class Traits>
 void launch_backward(const BackwardParams& params, const LaunchConfig& config,
                      CUstream_st* stream) {
   const AttentionShape& shape = params.shape;
-  const int64_t row_blocks =
-      int64_t(shape.batch) * shape.heads_q * ceil_div(shape.seqlen_q, Traits::kTileM);
+  // The last KV heads' query tiles are left for the post-process; without keys, all.
+  const int kv_heads = shape.batch * shape.heads_k;
+  const int heads_left =
+      Traits::kDqRing && config.grid > 0 ? std::min(params.dq_lag, kv_heads) : kv_heads;
+  const int64_t tiles_left = int64_t(heads_left) * (shape.heads_q / shape.heads_k) *
+                             ceil_div(shape.seqlen_q, Traits::kTileM);
   launch_backward_preprocess(params, DTypeOf<typename Traits::Element>::kValue, Traits::kTileM,
                              Traits::kHeadDim, stream);
-  if (config.grid > 0) {  // tensor maps need a key
-    launch(backward_kernel<Traits>, config.grid, Traits::kThreads, config.smem_bytes, stream,
-           backward_arguments<Traits>(params), "backward", Start::kWithPrevious);
-  }
-  launch(dq_postprocess_kernel<Traits>, row_blocks, kPostprocessThreads, 0, stream, params,
+  if (config.grid == 0 && tiles_left == 0) return;
+  const BackwardArguments arguments = backward_arguments<Traits>(params);
+  launch(backward_kernel<Traits>, config.grid, Traits::kThreads, config.smem_bytes, stream,
+         arguments, "backward", Start::kWithPrevious);
+  launch(dq_postprocess_kernel<Traits>, tiles_left, kPostprocessThreads, 0, stream, arguments,
          "dQ post-process", Start::kWithPrevious);
 }
 
@@ -56,6 +67,7 @@ template <class Traits>
 KernelRow backward_row(int preference) {
   KernelRow row = describe<Traits>("sm90", 90, Direction::kBackward, preference);
   row.max_arch = 90;
+  row.dq_ring = Traits::kDqRing;
   row.backward = launch_backward<Traits>;
   return row;
 }

@@ -2,8 +2,7 @@
 // that keep the turns.
 #pragma once
 
-#include "../core/grid_dependency.cuh"
-#include "backward_traits.cuh"
+#include "dq_accumulator.cuh"
 
 namespace flash_attn2::sm90 {
 
@@ -31,23 +30,25 @@ struct BackwardProducer {
         arguments.v, open(smem.barriers.v_full, sizeof(smem.v)), smem.v,
         {work.key_begin, work.coord.head, work.coord.batch});
   }
-  // Also L of the rows, and where they are.
-  __device__ __forceinline__ void load_q(int step, const QueryTile& tile, int head) const {
+  // Also L of the rows, and where they and their dQ are. `tile`: tile_index of the step.
+  __device__ __forceinline__ void load_q(int step, const QueryStep& at, int tile, int sums) const {
     const int stage = Ring<Traits::kStages>{uint32_t(step)}.stage();
-    smem.tile[stage] = tile;
+    const int row_begin = at.block * Traits::kTileM;
+    smem.tile[stage] = {row_begin, sums};
     uint64_t* full = open(smem.barriers.q_full[stage], sizeof(smem.q[0]) + sizeof(smem.lse[0]));
     tma_load<Traits::kTileM, Traits::kHeadDim>(arguments.q, full, smem.q[stage],
-                                               {tile.row_begin, head, work.coord.batch});
-    tma_load_row(arguments.lse, full, smem.lse[stage], tile.index);
+                                               {row_begin, at.head, work.coord.batch});
+    tma_load_row(arguments.lse, full, smem.lse[stage], tile);
   }
   // Also D of the rows.
-  __device__ __forceinline__ void load_dout(int step, const QueryTile& tile, int head) const {
+  __device__ __forceinline__ void load_dout(int step, const QueryStep& at, int tile) const {
     const int stage = Ring<Traits::kDoutStages>{uint32_t(step)}.stage();
     uint64_t* full =
         open(smem.barriers.dout_full[stage], sizeof(smem.dout[0]) + sizeof(smem.delta[0]));
-    tma_load<Traits::kTileM, Traits::kHeadDimV>(arguments.dout, full, smem.dout[stage],
-                                                {tile.row_begin, head, work.coord.batch});
-    tma_load_row(arguments.delta, full, smem.delta[stage], tile.index);
+    tma_load<Traits::kTileM, Traits::kHeadDimV>(
+        arguments.dout, full, smem.dout[stage],
+        {at.block * Traits::kTileM, at.head, work.coord.batch});
+    tma_load_row(arguments.delta, full, smem.delta[stage], tile);
   }
 
   __device__ __forceinline__ void run() const {
@@ -56,17 +57,24 @@ struct BackwardProducer {
       load_v();
     }
     wait_for_previous_kernel();  // which makes L and D, and zeroes dQ
-    if (work.steps == 0) return;
+    const int before_slots =
+        tiles_before_slots<Traits>(arguments.params, work.kv_head(arguments.params));
     QueryStep at = QueryStep::first(work);
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
-      const QueryTile tile = query_tile<Traits>(arguments.params, work.coord.batch, at);
+      const int tile = tile_index(arguments.params, work, at);
       const Ring<Traits::kStages> ring{uint32_t(step)};
       smem.barriers.q_empty[ring.stage()].wait(ring.parity() ^ 1);
-      load_q(step, tile, at.head);
+      load_q(step, at, tile, tile - before_slots);
+      // No dQ without dO.
+      if (Traits::kDqRing && step == 0) wait_for_dq_slot(arguments.params, work);
       const Ring<Traits::kDoutStages> dout_ring{uint32_t(step)};
       smem.barriers.dout_empty[dout_ring.stage()].wait(dout_ring.parity() ^ 1);
-      load_dout(step, tile, at.head);
+      load_dout(step, at, tile);
+    }
+    if constexpr (Traits::kDqRing) {
+      smem.barriers.done.wait(0);
+      count_dq_added(arguments.params, work);
     }
   }
 
@@ -75,8 +83,7 @@ struct BackwardProducer {
   // consumers never stall for the polling, nor the next turn for the fence, which waits for the
   // adds to arrive.
   __device__ __forceinline__ int* counter(const QueryStep& at) const {
-    return arguments.params.dq_turn +
-           query_tile<Traits>(arguments.params, work.coord.batch, at).index;
+    return arguments.params.dq_turn + tile_index(arguments.params, work, at);
   }
 
   // Tells the consumers when a step's turn has come.
@@ -87,11 +94,7 @@ struct BackwardProducer {
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
       const int turn = order.turn(work.coord.block, at.block);
-      const int* added = counter(at);
-      int count;
-      do {
-        asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(count) : "l"(added) : "memory");
-      } while (count != turn);
+      wait_for_count(counter(at), turn);
       if (step > 0) smem.barriers.turn_seen.wait((step - 1) & 1);
       smem.barriers.turn_come.arrive();
     }

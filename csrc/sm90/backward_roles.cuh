@@ -43,7 +43,7 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
   // one by its dS (wait_for_ds). Returns the index of the query tile.
   __device__ __forceinline__ int finish_scores(int step, AccS& acc) const {
     this->make_probabilities(step, acc);
-    const int tile = this->tile_index(step);
+    const int tile = this->tile_of_sums(step);
     this->release_q(step);
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 4) {
@@ -124,7 +124,7 @@ struct GradientConsumer : RoleConsumer<Traits> {
     } else {
       finish_gemm<1>(acc_dk, acc);
     }
-    const int tile = this->tile_index(step);
+    const int tile = this->tile_of_sums(step);
     this->release_q(step);
     this->finish_dq(step, tile, acc_dq);
   }

@@ -18,10 +18,9 @@ enum class ConsumerSplit {
   kRoles,    // the same 64 keys, one makes P and dV, the other dS and dK, see backward_roles.cuh
 };
 
-// The query tile of a step: its first row, and its place in the workspace's
-// (batch, heads_q, seqlen_q_rounded / kTileM) arrays.
+// The query tile of a step, for the consumers: its first row, and its place in dQ's accumulator.
 struct QueryTile {
-  int row_begin, index;
+  int row_begin, sums;
 };
 
 template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, ConsumerSplit kSplit_,
@@ -55,6 +54,9 @@ struct BackwardTraits {
   static constexpr int kDqRows = kSplitDqRows ? kTileM / kConsumers : kTileM;
   static constexpr int kDqColumns = kSplitDqRows ? kHeadDim : kHeadDim / kConsumers / kDqParts;
   static constexpr int kDqElements = kTileM * kHeadDim;
+  static constexpr int kDqPartElements = kDqRows * kDqColumns;
+  // dQ is converted by the way, through shared memory, where that has room. See dq_accumulator.cuh.
+  static constexpr bool kDqRing = kHeadDim <= 192;
   static_assert(kDqRows == 64);
 
   // Buffers of dS (kColumns: and of P). A consumer writes that of step n when it knows that the
@@ -87,6 +89,9 @@ struct BackwardTraits {
     BackwardBarriers<kStages, kDoutStages, kScoreBuffers, kDsArrivals> barriers;
     QueryTile tile[kStages];  // that Q's stage holds
     int index;                // the thread block's place in the grid
+    // A part of dQ that is being converted.
+    alignas(1024) Element dq[kDqRing ? kDqPartElements : 1];
+    alignas(128) float dq_sums[kDqRing ? kDqPartElements : 1];
   };
   static constexpr int kSmemBytes = int(sizeof(SharedStorage));
   static_assert(kSmemBytes <= 227 * 1024);
@@ -94,10 +99,34 @@ struct BackwardTraits {
 
 struct BackwardArguments {
   CUtensorMap q, k, v, dout;  // boxes of kTileM, kTileN, kTileN, kTileM rows
-  CUtensorMap dk, dv;         // of kGradientKeys rows
+  CUtensorMap dk, dv, dq;     // of kGradientKeys, kGradientKeys, kDqRows rows
   CUtensorMap lse, delta;     // rows of kTileM numbers
   BackwardParams params;
 };
+
+// Keeps the compiler from computing what follows from x once, before the loop, to hold it in
+// registers that the loop has not got.
+__device__ __forceinline__ int recompute(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+template <class Traits>
+__device__ __forceinline__ int key_blocks(const BackwardParams& params) {
+  return ceil_div(params.shape.seqlen_k, Traits::kTileN);
+}
+// Query tiles of a KV head: of all heads of the group.
+template <class Traits>
+__device__ __forceinline__ int query_tiles(const BackwardParams& params) {
+  return params.shape.heads_q / params.shape.heads_k *
+         ceil_div(params.shape.seqlen_q, Traits::kTileM);
+}
+// Query tiles of the KV heads that had the slots of dQ's accumulator before `head` and its
+// neighbours.
+template <class Traits>
+__device__ __forceinline__ int tiles_before_slots(const BackwardParams& params, int head) {
+  return head / params.dq_slots * params.dq_slots * query_tiles<Traits>(params);
+}
 
 // What a thread block works on: key block `coord.block` of KV head `coord.head`, for `steps` pairs
 // of (query head of the group, query block).
@@ -110,8 +139,7 @@ struct BackwardWork {
   int start, direction;  // of the walk over the query blocks of a head, see QueryStep
 
   __device__ __forceinline__ BackwardWork(const BackwardParams& params, unsigned index)
-      : coord(backward_tile(index, ceil_div(params.shape.seqlen_k, Traits::kTileN),
-                            params.shape.heads_k)),
+      : coord(backward_tile(index, key_blocks<Traits>(params), params.shape.heads_k)),
         group(params.shape.heads_q / params.shape.heads_k),
         key_begin(coord.block * Traits::kTileN) {
     blocks = VisibleKeys(params.shape, params.window)
@@ -150,13 +178,13 @@ struct QueryStep {
   }
 };
 
+// The place of a step's query tile in the workspace's (batch, heads_q, seqlen_q_rounded / kTileM)
+// arrays. The plan lets no more than 2^31 - 1 tiles through.
 template <class Traits>
-__device__ __forceinline__ QueryTile query_tile(const BackwardParams& params, int batch,
-                                                const QueryStep& at) {
-  // The plan lets no more than 2^31 - 1 tiles through.
+__device__ __forceinline__ int tile_index(const BackwardParams& params,
+                                          const BackwardWork<Traits>& work, const QueryStep& at) {
   const int row_blocks = ceil_div(params.shape.seqlen_q, Traits::kTileM);
-  return {at.block * Traits::kTileM,
-          (batch * params.shape.heads_q + at.head) * row_blocks + at.block};
+  return (work.coord.batch * params.shape.heads_q + at.head) * row_blocks + at.block;
 }
 
 }  // namespace flash_attn2::sm90

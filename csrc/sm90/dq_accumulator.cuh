@@ -1,8 +1,20 @@
 // The fp32 dQ accumulator in global memory that key blocks share (steps B7 and B8).
 //
-// It is private to the backward, so a (kTileM, kHeadDim) tile lies in the order in which threads
-// hold its accumulators: value group i of thread t in part p (BackwardTraits::kDqParts of each
-// consumer) is at ((p * groups + i) * 128 + t) * 4. A warp adds to whole cache lines.
+// It is private to the backward, so a (kTileM, kHeadDim) tile lies in parts as the consumers have
+// them (BackwardTraits::kDqParts each): value group i of thread t in part p is at
+// ((p * groups + i) * 128 + t) * 4. A warp adds to whole cache lines, in the order of its lanes:
+// lanes in another order cost 10% of the kernel.
+//
+// With kDqRing it is a ring of slots, few enough for the L2 cache. KV head n of the batch has slot
+// n % dq_slots:
+//
+//   - the thread blocks of head n add to it, then count themselves in dq_added[n];
+//   - those of head n + dq_lag, each for a share of the tiles, wait for these, write dQ, zero the
+//     slot, and count themselves in dq_converted[n]: spare warps, under the products;
+//   - those of head n + dq_slots wait for these before they add.
+//
+// The last dq_lag heads are left for the post-process kernel. A thread block waits only for ones of
+// lower index, which the GPU starts first, so that none waits in a circle.
 #pragma once
 
 #include "../core/grid_dependency.cuh"
@@ -23,49 +35,194 @@ __device__ __forceinline__ void add_to_dq(float* tile, const Acc& acc, int part)
   }
 }
 
+// B8: dQ = softmax_scale * accumulator, rounded, of one part of a query tile, by `threads` threads
+// into shared memory, as smem_tile has it: slabs of kBox columns, in each row 16-byte chunks in an
+// order of their own. (cute's address of an element takes registers that this has not got.)
+// `take(i)`: value group i.
+template <class Traits, int kUnroll, class Take>
+__device__ __forceinline__ void round_dq(const Take& take, float softmax_scale, int thread,
+                                         int threads, typename Traits::Element* target) {
+  using Element = typename Traits::Element;
+  constexpr int kBox = kBoxColumns<Traits::kDqColumns>, kChunks = kBox / 8;
+#pragma unroll kUnroll
+  for (int i = thread; i < Traits::kDqPartElements / 4; i += threads) {
+    const int row = i % 32 / 4, warp_row = i % 128 / 32 * 16, chunk = i / 128;
+    const int slab = chunk / kChunks * Traits::kDqRows;
+    const int place = chunk % kChunks ^ row / (8 / kChunks);
+    Element* const pairs = target + (slab + warp_row + row) * kBox + place * 8 + i % 4 * 2;
+    const float4 x = take(i);
+    const auto put = [&](Element* place, float first, float second) {
+      alignas(4)
+          const Element pair[2] = {Element(first * softmax_scale), Element(second * softmax_scale)};
+      *reinterpret_cast<uint32_t*>(place) = *reinterpret_cast<const uint32_t*>(pair);
+    };
+    put(pairs, x.x, x.y);
+    put(pairs + 8 * kBox, x.z, x.w);
+  }
+}
+
+// Starts the store of part `part` of a query tile's dQ, for one thread. `tile`: see tile_index.
+template <class Traits>
+__device__ __forceinline__ void store_dq(const BackwardArguments& arguments,
+                                         const typename Traits::Element* source, int tile,
+                                         int part) {
+  const AttentionShape& shape = arguments.params.shape;
+  const int row_blocks = ceil_div(shape.seqlen_q, Traits::kTileM), head_row = tile / row_blocks;
+  const int row_begin = (tile - head_row * row_blocks) * Traits::kTileM;
+  tma_store<Traits::kDqRows, Traits::kDqColumns>(
+      arguments.dq, source,
+      {row_begin + (Traits::kSplitDqRows ? part * Traits::kDqRows : 0), head_row % shape.heads_q,
+       head_row / shape.heads_q, Traits::kSplitDqRows ? 0 : part * Traits::kDqColumns});
+}
+
+__device__ __forceinline__ void wait_for_count(const int* counter, int least) {
+  int count;
+  do {
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  } while (count < least);
+}
+
+// Between accesses to global memory by bulk copies and by other instructions.
+__device__ __forceinline__ void fence_bulk_copies() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+// tma_store_wait, but for the writes, not only the reads.
+__device__ __forceinline__ void wait_for_bulk_writes() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// By one thread, when the thread block has added all that it adds.
+template <class Traits>
+__device__ __forceinline__ void count_dq_added(const BackwardParams& params,
+                                               const BackwardWork<Traits>& work) {
+  __threadfence();
+  atomicAdd(params.dq_added + work.kv_head(params), 1);
+}
+
+// By one thread, before the thread block adds.
+template <class Traits>
+__device__ __forceinline__ void wait_for_dq_slot(const BackwardParams& params,
+                                                 const BackwardWork<Traits>& work) {
+  const int head = work.kv_head(params) - params.dq_slots;
+  if (head >= 0) wait_for_count(params.dq_converted + head, key_blocks<Traits>(params));
+}
+
+// A thread block's share of the KV head that comes dq_lag before its own, a part of a tile at a
+// time: by bulk copy into shared memory, rounded, to dQ by bulk copy, and zeros back the same way.
+// So few warps, and with few registers, do not wait for each load. What follows from the number of
+// the part is worked out where it is needed: with more registers than there are here, ptxas spills
+// in the consumers, too.
+template <class Traits>
+struct DqConverter {
+  static constexpr int kParts = kConsumers * Traits::kDqParts;  // of a tile
+  const BackwardArguments& arguments;
+  typename Traits::SharedStorage& smem;
+  const int kv_head, block;  // whose dQ, and which key block's share
+
+  __device__ __forceinline__ DqConverter(const BackwardArguments& arguments,
+                                         typename Traits::SharedStorage& smem, unsigned index)
+      : arguments(arguments),
+        smem(smem),
+        kv_head(int(index / key_blocks<Traits>(arguments.params)) - arguments.params.dq_lag),
+        block(int(index % key_blocks<Traits>(arguments.params))) {}
+
+  // The converters are the last warps of the producer's warpgroup, all that are spare.
+  __device__ __forceinline__ static int first_thread(const BackwardParams& params) {
+    return params.dq_turn != nullptr ? 96 : 32;
+  }
+  __device__ __forceinline__ bool is_first() const {
+    return threadIdx.x == first_thread(arguments.params);
+  }
+  // Query tile of part n of the share, among those of the KV head.
+  __device__ __forceinline__ int tile(int n) const {
+    return block + n / kParts * key_blocks<Traits>(arguments.params);
+  }
+  __device__ __forceinline__ float* sums(int n) const {
+    const BackwardParams& params = arguments.params;
+    const int place = kv_head % params.dq_slots * query_tiles<Traits>(params) + tile(n);
+    return params.dq_accum + int64_t(place) * Traits::kDqElements +
+           n % kParts * Traits::kDqPartElements;
+  }
+
+  __device__ __forceinline__ void load(int n) const {
+    constexpr int kBytes = sizeof(smem.dq_sums);
+    smem.barriers.dq_full.arrive_and_expect_tx(kBytes);
+    cute::SM90_BULK_COPY_G2S::copy(sums(n), reinterpret_cast<uint64_t*>(&smem.barriers.dq_full),
+                                   smem.dq_sums, kBytes);
+  }
+  // From smem.dq_sums, which becomes zero, to smem.dq.
+  __device__ __forceinline__ void round(int threads) const {
+    const auto take = [&](int i) {
+      float4& x = reinterpret_cast<float4*>(smem.dq_sums)[i];
+      const float4 value = x;
+      x = make_float4(0.f, 0.f, 0.f, 0.f);
+      return value;
+    };
+    round_dq<Traits, 1>(take, arguments.params.softmax_scale,
+                        threadIdx.x + threads - kWarpGroupThreads, threads, smem.dq);
+  }
+  __device__ __forceinline__ void store(int n) const {
+    store_dq<Traits>(arguments, smem.dq, kv_head * query_tiles<Traits>(arguments.params) + tile(n),
+                     n % kParts);
+    cute::SM90_BULK_COPY_S2G::copy(smem.dq_sums, sums(n), sizeof(smem.dq_sums));
+    cute::tma_store_arrive();
+    tma_store_wait<0>();
+  }
+
+  __device__ __forceinline__ void run() const {
+    const BackwardParams& params = arguments.params;
+    if (kv_head < 0 || params.shape.seqlen_q == 0) return;  // without rows nobody sets the counters
+    wait_for_previous_kernel();
+    wait_for_count(params.dq_added + kv_head, key_blocks<Traits>(params));
+    fence_bulk_copies();
+    CUTE_NO_UNROLL
+    for (int n = 0; tile(n) < query_tiles<Traits>(params); ++n) {
+      if (is_first()) load(n);
+      smem.barriers.dq_full.wait(n & 1);
+      const int threads = kWarpGroupThreads - first_thread(params);
+      round(threads);
+      cutlass::arch::fence_view_async_shared();
+      sync_converters(threads);
+      if (is_first()) store(recompute(n));
+    }
+    if (is_first()) {
+      wait_for_bulk_writes();
+      fence_bulk_copies();
+      __threadfence();
+      atomicAdd(params.dq_converted + kv_head, 1);
+    }
+  }
+};
+
 inline constexpr int kPostprocessThreads = 256;
 
-// B8: dQ = softmax_scale * accumulator, in the caller's dtype and layout. One thread block per
-// tile. A thread reads four value groups that are neighbours in the accumulator: 8 columns of two
-// rows.
+// What the thread blocks did not convert. One thread block per tile.
 template <class Traits>
 __global__ void __launch_bounds__(kPostprocessThreads)
-    dq_postprocess_kernel(const __grid_constant__ BackwardParams params) {
-  using Element = typename Traits::Element;
-  constexpr int kChunks = Traits::kDqColumns / 8;  // of one part
-  const AttentionShape& shape = params.shape;
-  const int row_blocks = ceil_div(shape.seqlen_q, Traits::kTileM);
-  const int64_t tile = blockIdx.x;
-  const int head_row = int(tile / row_blocks);
-  const int row_begin = int(tile - int64_t(head_row) * row_blocks) * Traits::kTileM;
-  const float4* source =
-      reinterpret_cast<const float4*>(params.dq_accum + tile * Traits::kDqElements);
-  Element* target = static_cast<Element*>(params.dq.ptr) +
-                    head_row / shape.heads_q * params.dq.batch_stride +
-                    head_row % shape.heads_q * params.dq.head_stride;
+    dq_postprocess_kernel(const __grid_constant__ BackwardArguments arguments) {
+  constexpr int kPartElements = Traits::kDqPartElements;
+  __shared__ alignas(1024) typename Traits::Element dq[Traits::kDqElements];
+  const BackwardParams& params = arguments.params;
+  const int tiles = query_tiles<Traits>(params);
+  const int tile = params.shape.batch * params.shape.heads_k * tiles - gridDim.x + blockIdx.x;
+  const int place = tile - tiles_before_slots<Traits>(params, tile / tiles);
+  const float4* sums =
+      reinterpret_cast<const float4*>(params.dq_accum + int64_t(place) * Traits::kDqElements);
   wait_for_previous_kernel();
-  for (int i = threadIdx.x; i < Traits::kDqElements / 16; i += kPostprocessThreads) {
-    // (chunk of 8 columns, row r of 32: rows 16 * (r / 8) + r % 8 and 8 more, part)
-    const int chunk = i % kChunks, r = i / kChunks % 32, part = i / (kChunks * 32);
-    const float4* group = source + ((part * kChunks + chunk) * 32 + r) * 4;
-    const int row = row_begin + r / 8 * 16 + r % 8 + (Traits::kSplitDqRows ? part * 64 : 0);
-    const int column = chunk * 8 + (Traits::kSplitDqRows ? 0 : part * Traits::kDqColumns);
-    alignas(16) Element rows[2][8];
+  CUTE_UNROLL
+  for (int part = 0; part < Traits::kDqElements / kPartElements; ++part) {
+    round_dq<Traits, 8>([&](int i) { return __ldcg(sums + part * (kPartElements / 4) + i); },
+                        params.softmax_scale, threadIdx.x, kPostprocessThreads,
+                        dq + part * kPartElements);
+  }
+  cutlass::arch::fence_view_async_shared();
+  __syncthreads();
+  if (threadIdx.x == 0) {
     CUTE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const float4 x = group[j];
-      rows[0][2 * j] = Element(x.x * params.softmax_scale);
-      rows[0][2 * j + 1] = Element(x.y * params.softmax_scale);
-      rows[1][2 * j] = Element(x.z * params.softmax_scale);
-      rows[1][2 * j + 1] = Element(x.w * params.softmax_scale);
+    for (int part = 0; part < Traits::kDqElements / kPartElements; ++part) {
+      store_dq<Traits>(arguments, dq + part * kPartElements, tile, part);
     }
-    CUTE_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      if (row + 8 * j < shape.seqlen_q && column < shape.head_dim) {
-        *reinterpret_cast<uint4*>(target + (row + 8 * j) * params.dq.row_stride + column) =
-            *reinterpret_cast<const uint4*>(rows[j]);
-      }
-    }
+    tma_store_wait<0>();
   }
 }
 
