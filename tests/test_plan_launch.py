@@ -180,9 +180,9 @@ def test_backward_workspace(seqlen_q, deterministic, gpu):
 @pytest.mark.parametrize("seqlen_q", [0, 1, 1000])
 def test_backward_workspace_of_a_ring(seqlen_q, seqlen_k, batch):
     """sm90: dQ's sums of two rounds of thread blocks, and two counters for each KV head."""
-    plan = plan_for(
-        "backward", batch=batch, heads_q=6, heads_k=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k
-    )
+    heads = {"heads_q": 6, "heads_k": 2}
+    lengths = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    plan = plan_for("backward", batch=batch, head_dim=64, family="sm90", **heads, **lengths)
     row = KERNELS[plan["kernel"]]
     key_blocks = max(-(-seqlen_k // row["tile_n"]), 1)
     assert plan["dq_lag"] == -(-GPUS["H200"]["sm_count"] // key_blocks) + 1
