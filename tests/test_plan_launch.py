@@ -184,9 +184,9 @@ def test_backward_workspace_of_a_ring(seqlen_q, seqlen_k, batch):
     lengths = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
     plan = plan_for("backward", batch=batch, head_dim=64, family="sm90", **heads, **lengths)
     row = KERNELS[plan["kernel"]]
-    key_blocks = max(-(-seqlen_k // row["tile_n"]), 1)
-    assert plan["dq_lag"] == -(-GPUS["H200"]["sm_count"] // key_blocks) + 1
-    assert plan["dq_slots"] == min(2 * plan["dq_lag"], batch * 2)
+    lag = -(-GPUS["H200"]["sm_count"] // max(-(-seqlen_k // row["tile_n"]), 1)) + 1
+    assert plan["dq_lag"] == min(lag, batch * 2)
+    assert plan["dq_slots"] == min(2 * lag, batch * 2)
     rows_of_head = round_up(seqlen_q, row["tile_m"])
     rows, sums = batch * 6 * rows_of_head, plan["dq_slots"] * 3 * rows_of_head
     assert plan["workspace_bytes"] == (
@@ -194,6 +194,31 @@ def test_backward_workspace_of_a_ring(seqlen_q, seqlen_k, batch):
         + round_up(4 * sums * row["head_dim"], 256)
         + 2 * round_up(4 * batch * 2, 256)
     )
+
+
+CAUSAL, WINDOW = {"window_right": 0}, {"window_left": 100, "window_right": 0}
+
+
+@needs_sm90
+@pytest.mark.parametrize(
+    "head_dim, seqlen, mask, ring",
+    [
+        (64, 1024, {}, True),
+        (64, 1025, {}, False),
+        (128, 1023, {}, False),
+        (128, 1024, {}, True),
+        (64, 4096, CAUSAL, True),
+        (128, 4095, CAUSAL, False),
+        (128, 4096, CAUSAL, True),
+        (128, 4096, WINDOW, False),
+        (256, 4096, {}, False),
+    ],
+)
+def test_dq_is_converted_on_the_way_where_it_pays(head_dim, seqlen, mask, ring):
+    lengths = {"seqlen_q": seqlen, "seqlen_k": seqlen}
+    plan = plan_for("backward", batch=1000, head_dim=head_dim, family="sm90", **lengths, **mask)
+    heads = 1000 * 8
+    assert (plan["dq_slots"] < heads) == (plan["dq_lag"] < heads) == ring
 
 
 def test_workspace_has_the_columns_of_q():

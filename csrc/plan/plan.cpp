@@ -19,6 +19,10 @@ constexpr int64_t kHeadsOfGroup = 16;
 constexpr int64_t kMostTilesOfHead = 32;
 constexpr int64_t kManyRounds = 7;
 constexpr int kTallestHeadByHead = 128;
+// See ring_pays.
+constexpr int64_t kRowsOfRing = 1024;
+constexpr int64_t kMaskedRowsOfRing = 4096;
+constexpr int kTallestOfLongRing = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -192,17 +196,28 @@ int heads_of_persistent_group(const AttentionShape& shape, const Window& window,
   return static_cast<int>(std::min(ceil_div(heads, group) * group, query_heads));
 }
 
-// Thread blocks whose index is lower by a whole round of the GPU have mostly ended, so that what
-// they added can be converted; and one round later that has been done, too.
-int lag_of_conversion(const KernelRow& row, const AttentionShape& shape,
-                      const DeviceLimits& device) {
-  const int64_t key_blocks = std::max<int64_t>(ceil_div(shape.seqlen_k, row.tile_n), 1);
-  return static_cast<int>(ceil_div(device.sm_count, key_blocks) + 1);
+// Whether to convert dQ on the way. Under a causal mask thread blocks end at different times, and
+// those that convert wait for them; with few products the conversion is not hidden; and the tall
+// tiles of small head dims gain only where the memory is the limit. docs/performance.md has the
+// measurements. Between two bounds of a window there are few products a row.
+bool ring_pays(const KernelRow& row, const Problem& problem) {
+  const Window& window = problem.window;
+  const int64_t rows = problem.shape.seqlen_q;
+  if (!row.dq_ring || (window.left >= 0 && window.right >= 0)) return false;
+  if (is_masked(window)) return rows >= kMaskedRowsOfRing;
+  return row.tile_m > kTallestOfLongRing ? rows <= kRowsOfRing : rows >= kRowsOfRing;
 }
 
-int slots_of_dq(const KernelRow& row, const AttentionShape& shape, int lag) {
-  const int64_t heads = int64_t{shape.batch} * shape.heads_k;
-  return static_cast<int>(row.dq_ring ? std::min<int64_t>(2 * int64_t{lag}, heads) : heads);
+// Where dQ is converted on the way: thread blocks whose index is lower by a whole round of the GPU
+// have mostly ended, so that what they added can be converted; and one round later that has been
+// done, too. Else all KV heads have a slot, and the post-process converts them.
+void plan_dq(Plan& plan, const Problem& problem, const DeviceLimits& device) {
+  const KernelRow& row = *plan.row;
+  const int64_t heads = int64_t{problem.shape.batch} * problem.shape.heads_k;
+  const int64_t key_blocks = std::max<int64_t>(ceil_div(problem.shape.seqlen_k, row.tile_n), 1);
+  const int64_t lag = ring_pays(row, problem) ? ceil_div(device.sm_count, key_blocks) + 1 : heads;
+  plan.dq_lag = static_cast<int>(std::min(lag, heads));
+  plan.dq_slots = static_cast<int>(std::min(2 * lag, heads));
 }
 
 Workspace lay_out(const KernelRow& row, const Problem& problem, int dq_slots) {
@@ -324,8 +339,7 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
   } else {
     plan.launch.grid =
         count_blocks("seqlen_k", shape.seqlen_k, row.tile_n, int64_t{shape.batch} * shape.heads_k);
-    plan.dq_lag = lag_of_conversion(row, shape, device);
-    plan.dq_slots = slots_of_dq(row, shape, plan.dq_lag);
+    plan_dq(plan, problem, device);
     plan.workspace = lay_out(row, problem, plan.dq_slots);
     if (problem.deterministic) {
       plan.turn_group = turn_group(row, shape, device);
