@@ -138,17 +138,27 @@ def test_sm90_sources_need_the_arch_they_are_for(csrc):
         assert families == expected
 
 
-def test_sm90_sources_are_compiled_for_sm_90a_alone_and_with_all_wgmma_shapes():
+def test_sm90_sources_are_compiled_for_sm_90a_alone():
     flags = ["nvcc", *settings.gencode_flags(["80", "90a"]), "-c"]
     other = [*flags, "/x/csrc/sm80/a.cu"]
-    assert nvcc_logged.for_its_family(other) == other
-    assert nvcc_logged.for_its_family([*flags, "/x/csrc/sm90/a.cu"]) == [
+    assert nvcc_logged.for_its_source(other) == other
+    assert nvcc_logged.for_its_source([*flags, "/x/csrc/sm90/a.cu"]) == [
         "nvcc",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-c",
         "/x/csrc/sm90/a.cu",
-        "-DCUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED=",
     ]
+
+
+def test_rows_for_little_shared_memory_are_not_compiled_for_sm_90():
+    first, later = (f"/x/csrc/sm80/instances/bf16_d96_bwd_{row}.cu" for row in (0, 1))
+    for archs, left in (
+        (["80", "90a"], ["-gencode=arch=compute_80,code=[sm_80,compute_80]"]),
+        (["90a"], ["-gencode=arch=compute_90,code=compute_90"]),
+    ):
+        flags = ["nvcc", *settings.gencode_flags(archs), "-c"]
+        assert nvcc_logged.for_its_source([*flags, first]) == [*flags, first]
+        assert nvcc_logged.for_its_source([*flags, later]) == ["nvcc", *left, "-c", later]
 
 
 def test_filter_by_head_dim_is_that_of_q():

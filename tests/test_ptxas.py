@@ -142,9 +142,14 @@ def test_every_registered_kernel_has_its_resources():
     entries = ptxas.read_resources(path)
     archs = {f"sm_{arch}" for arch in _C.build_info()["archs"]}
     assert {entry.arch for entry in entries} == archs
+    seen = set()
     for row in _C.list_kernels():
         found = [entry for entry in entries if entry.name == row["name"]]
         expected = {"sm_90a"} if row["family"] == "sm90" else archs
+        kind = (row["family"], row["direction"], row["dtype"], row["head_dim"])
+        if kind in seen and kind[:2] == ("sm80", "backward"):  # for less shared memory
+            expected = archs - {"sm_90", "sm_90a"}
+        seen.add(kind)
         assert {entry.arch for entry in found} == expected, row["name"]
         for entry in found:
             assert 0 < entry.registers * row["threads"] <= 65536, entry.name

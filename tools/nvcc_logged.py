@@ -7,22 +7,21 @@ The build passes -Xptxas -v; the answer comes on stderr. All of it goes to OBJEC
 cuda_build.ptxas reads it at the end; warnings and errors also go on to the terminal. ccache stores
 and replays stderr, so a cached object has its log too.
 
-torch's build has one list of flags for all sources; those under csrc/sm90 get their own here. They
-are compiled for sm_90a alone, as no other architecture runs them, and with all of CuTe's wgmma
-atoms, whose headers would cost every other source 20 s.
+torch's build has one list of flags for all sources; some sources get their own here:
+- csrc/sm90: compiled for sm_90a alone, as no other architecture runs them;
+- the later rows of the sm80 backward's tile table: not compiled for sm_90, which has the shared
+  memory for the first row of every head dim. Each architecture is a compilation of its own.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-# Empty, as `#define NAME` has it: N in steps of 8. CuTe's headers ask whether it is defined.
-SM90_FLAGS = ["-DCUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED="]
-
 
 def main(command: list[str]) -> int:
     result = subprocess.run(
-        for_its_family(command), stderr=subprocess.PIPE, text=True, errors="replace"
+        for_its_source(command), stderr=subprocess.PIPE, text=True, errors="replace"
     )
     if "-o" in command:
         with open(command[command.index("-o") + 1] + ".ptxas", "w") as log:
@@ -34,12 +33,19 @@ def main(command: list[str]) -> int:
     return result.returncode
 
 
-def for_its_family(command: list[str]) -> list[str]:
-    """The command with the flags of its source's kernel family."""
-    if not any(Path(word).suffix == ".cu" and "sm90" in Path(word).parts for word in command):
-        return command
-    kept = [word for word in command if not word.startswith("-gencode") or "sm_90a" in word]
-    return [*kept, *SM90_FLAGS]
+def for_its_source(command: list[str]) -> list[str]:
+    """The command with the flags that its source takes."""
+    source = next((Path(word) for word in command if word.endswith(".cu")), Path())
+    if "sm90" in source.parts:
+        return without_gencode(command, "(?!.*sm_90a)")
+    if "sm80" in source.parts and re.search(r"_bwd_[1-9]", source.stem):
+        return without_gencode(command, ".*code=sm_90a?$")
+    return command
+
+
+def without_gencode(command: list[str], pattern: str) -> list[str]:
+    """The command without the -gencode flags whose rest matches ``pattern``."""
+    return [word for word in command if not re.match(f"-gencode={pattern}", word)]
 
 
 def is_resource_line(line: str) -> bool:

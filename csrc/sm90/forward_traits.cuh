@@ -50,12 +50,8 @@ struct ForwardTraits {
   static_assert(kTileN % 16 == 0);
 
   // S (64, kTileN) = Q K^T, both from shared memory; O (64, kHeadDimV) += P V, P from registers.
-  using MmaS = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float,
-                           cute::Shape<_64, Int<kTileN>, Int<kHeadDim>>>()));
-  using MmaO = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<Element, Element, float, cute::Shape<_64, Int<kHeadDimV>, Int<kTileN>>,
-                           GMMA::Major::K, GMMA::Major::MN>()));
+  using MmaS = SmemMma<Element, kGroupRows, kTileN, Major::K, Major::K>;
+  using MmaO = RegisterMma<Element, kGroupRows, kHeadDimV, Major::MN>;
 
   static constexpr int kQElements = kGroupRows * kHeadDim;  // of one group
   static constexpr int kKElements = kTileN * kHeadDim;      // of one stage
@@ -82,9 +78,7 @@ struct ForwardTraits {
   static_assert(kBoxColumns<kOutColumns> == kBoxColumns<kHeadDimV>);  // one tensor map
 
   using MmaOutPart =  // a product with the accumulators of a part
-      decltype(make_tiled_mma(GMMA::rs_op_selector<Element, Element, float,
-                                                   cute::Shape<_64, Int<kOutColumns>, Int<kTileN>>,
-                                                   GMMA::Major::K, GMMA::Major::MN>()));
+      RegisterMma<Element, kGroupRows, kOutColumns, Major::MN>;
 
   // Shared-memory tiles: slabs of one swizzle span of columns, see tma.cuh.
   using LayoutQ = decltype(tile_to_shape(typename SmemAtom<Element, kHeadDim>::RowMajor{},

@@ -40,19 +40,29 @@ __device__ __forceinline__ auto part(const Tile& tile, int i, int j) {
   return local_tile(tile, cute::Shape<Int<kRows>, Int<kColumns>>{}, make_coord(i, j));
 }
 
+// Where it was included without a wgmma of the wanted N, CuTe takes a narrower one without a word.
+// Its headers have 8, 16, 32, 64, 96, 128, 192 and 256, and the other multiples of 8 for who
+// defines CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED first: 35 s of nvcc, so only the instance files
+// that need one do.
+template <class Operation, int kColumns>
+struct Wgmma {
+  using TiledMma = decltype(make_tiled_mma(Operation{}));
+  static_assert(size<1>(typename TiledMma::AtomShape_MNK{}) == kColumns,
+                "the instance file lacks #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED");
+};
+
 // One warpgroup's product with kRows x kColumns results; A from shared memory, or from registers.
 template <class Element, int kRows, int kColumns, Major kMajorA, Major kMajorB>
-using SmemMma = decltype(make_tiled_mma(
-    GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kRows>, Int<kColumns>, _16>,
-                         kMajorA, kMajorB>()));
+using SmemMma = typename Wgmma<
+    decltype(GMMA::ss_op_selector<Element, Element, float,
+                                  cute::Shape<Int<kRows>, Int<kColumns>, _16>, kMajorA, kMajorB>()),
+    kColumns>::TiledMma;
 template <class Element, int kRows, int kColumns, Major kMajorB>
-using RegisterMma = decltype(make_tiled_mma(
-    GMMA::rs_op_selector<Element, Element, float, cute::Shape<Int<kRows>, Int<kColumns>, _16>,
-                         Major::K, kMajorB>()));
-
-static_assert(
-    size<1>(typename SmemMma<cutlass::half_t, 64, 48, Major::K, Major::K>::AtomShape_MNK{}) == 48,
-    "cute's wgmma atoms were included without the extended shapes");
+using RegisterMma =
+    typename Wgmma<decltype(GMMA::rs_op_selector<Element, Element, float,
+                                                 cute::Shape<Int<kRows>, Int<kColumns>, _16>,
+                                                 Major::K, kMajorB>()),
+                   kColumns>::TiledMma;
 
 template <class Mma, int kRows, int kColumns>
 using Accumulator = decltype(partition_fragment_C(Mma{}, cute::Shape<Int<kRows>, Int<kColumns>>{}));
