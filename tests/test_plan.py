@@ -248,20 +248,33 @@ def test_the_environment_names_a_family():
 SHORT = [row for row in KERNELS.values() if row["max_keys"] < 2**31 - 1]
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("row", SHORT, ids=lambda row: row["name"])
-def test_tiles_for_short_sequences_serve_no_longer_ones(row):
+def test_tiles_for_short_sequences_serve_no_longer_ones(row, masked):
     def plan(seqlen_k):
-        return plan_for(
-            row["direction"], row["dtype"], head_dim=row["head_dim"], seqlen_k=seqlen_k, seqlen_q=9
-        )
+        sizes = {"seqlen_q": 9, "seqlen_k": seqlen_k, "head_dim": row["head_dim"]}
+        return plan_for(row["direction"], row["dtype"], **sizes, window_right=0 if masked else -1)
 
-    for seqlen_k in (0, 1, row["max_keys"]):
+    most, mask = row["max_keys"], ""
+    if not masked:
+        most, mask = row["max_unmasked_keys"], " without a mask"
+    for seqlen_k in (0, 1, most):
         assert plan(seqlen_k)["kernel"] == row["name"]
-    longer = plan(row["max_keys"] + 1)
+    longer = plan(most + 1)
     assert KERNELS[longer["kernel"]]["head_dim"] == row["head_dim"]
     reasons = {entry["kernel"]: entry["reason"] for entry in longer["refused"]}
-    expected = f"serves seqlen_k <= {row['max_keys']}, the inputs have {row['max_keys'] + 1}"
-    assert reasons[row["name"]] == expected
+    assert reasons[row["name"]] == f"serves seqlen_k <= {most}{mask}, the inputs have {most + 1}"
+
+
+TEAMS = [row for row in KERNELS.values() if row["teams"] > 1]
+
+
+@pytest.mark.parametrize("row", TEAMS, ids=lambda row: row["name"])
+def test_a_grid_of_teams_has_a_tile_for_each(row):
+    for tiles, teams in ((1, 1), (2, 2), (3, 4), (1000, 2 * 132)):  # an H200's multiprocessors
+        sizes = {"seqlen_q": row["tile_m"], "seqlen_k": 64, "head_dim": row["head_dim"]}
+        plan = plan_for(row["direction"], row["dtype"], **sizes, batch=tiles, heads_q=1, heads_k=1)
+        assert (plan["kernel"], plan["grid"] * row["teams"]) == (row["name"], teams)
 
 
 CLUSTERS = [row for row in KERNELS.values() if row["cluster"] > 1]

@@ -23,7 +23,7 @@ def draw_walks(rng: random.Random, mask: str) -> tuple[list, int]:
     left, right = MASKS[mask](rng, seqlen_q, seqlen_k)
     tile_m, tile_n = rng.choice((64, 128)), rng.choice((64, 128))
     walks = ops.EXTENSION.turn_order(
-        seqlen_q, seqlen_k, left, right, tile_m, tile_n, group, downwards=rng.random() < 0.3
+        seqlen_q, seqlen_k, left, right, tile_m, tile_n, group, head=rng.randrange(5)
     )
     return walks, group
 
@@ -31,8 +31,8 @@ def draw_walks(rng: random.Random, mask: str) -> tuple[list, int]:
 def rounds_to_finish(walks: list, resident: int) -> int | None:
     """Rounds until every walk is done; None when nobody can go on.
 
-    Key blocks start in their order, ``resident`` of them at a time, as on a GPU with that much
-    room; in a round each takes one step if its turn has come.
+    Walks start in their order, ``resident`` of them at a time, as on a GPU with that much room; in
+    a round each takes one step if its turn has come.
     """
     counts, places, waiting, running = {}, [0] * len(walks), list(range(len(walks))), []
     rounds = 0
@@ -87,6 +87,20 @@ def test_nobody_waits_where_all_run_side_by_side(left, right, tile_m):
     assert rounds_to_finish(walks, 32) <= max(map(len, walks)) + 1
 
 
+@pytest.mark.parametrize("key_blocks", [5, 52, 100, 205])
+def test_nobody_waits_where_the_heads_follow_each_other_in_rounds(key_blocks):
+    """Without a mask, and with room for a number of key blocks that the heads' do not divide."""
+    heads, resident, query_blocks = 20, 132, 256
+    walks = []
+    for head in range(heads):
+        order = ops.EXTENSION.turn_order(
+            query_blocks * 64, key_blocks * 80, -1, -1, 64, 80, resident, head=head
+        )
+        walks += [[((head, block), turn) for block, turn in walk] for walk in order]
+    rounds = -(-heads * key_blocks // resident)
+    assert rounds_to_finish(walks, resident) <= rounds * query_blocks + rounds
+
+
 def test_the_plan_makes_groups_that_run_side_by_side():
     def plan(seqlen_q, seqlen_k, deterministic=True):
         found = ops.EXTENSION.plan(
@@ -97,11 +111,10 @@ def test_the_plan_makes_groups_that_run_side_by_side():
         return found
 
     few = plan(512, 1024)
-    assert few["turn_group"] == 1024 // few["tile_n"]
+    assert few["turn_group"] == 132  # an H200's multiprocessors
     assert not few["turns_alternate"]
     many = plan(512, 2**20)
-    assert many["turn_group"] == 132  # an H200's multiprocessors
+    assert many["turn_group"] == 132
     assert many["turns_alternate"]
     assert plan(2**30, 2**20)["turn_group"] == (2**31 - 1) // (2**30 // 64)  # their product fits
-    assert plan(512, 0)["turn_group"] == 1
     assert plan(512, 1024, deterministic=False)["turn_group"] == 1

@@ -2,9 +2,9 @@
 // the query blocks that let them do so without waiting. Plain integers, shared by host tests and
 // kernels.
 //
-// The key blocks of a head are taken in groups of `group` neighbours, which run side by side: the
-// plan makes a group no larger than the GPU has room for at a time. Groups add in the order of the
-// keys. Inside a group the order is that in which the walks arrive:
+// The key blocks of a head are taken in groups of neighbours, which run side by side: `group` is
+// what the GPU has room for at a time. Groups add in the order of the keys. Inside a group the
+// order is that in which the walks arrive:
 //
 //   - under a mask, each key block walks upwards from the first query block that sees it. A later
 //     key block starts at a later query block, so it arrives first where they meet. Blocks that
@@ -12,7 +12,9 @@
 //     the next head, if a head fills the GPU: every other head then walks downwards from the last
 //     query block, in the order of the keys, and its blocks end together;
 //   - without a mask, the walks start evenly spread over the query blocks and go around: block r of
-//     the group's n starts floor(r m / n) of m query blocks before the end.
+//     the group's n starts floor(r m / n) of m query blocks before the end. All walks are of one
+//     length, so that the key blocks of all heads start in rounds of `group`: those of a head that
+//     start in one round are a group, or some would wait for others that start a walk later.
 //
 // A block waits only for blocks of earlier groups, or for steps of its own group that come earlier
 // (by head, step and r, or by the order of the keys), so none waits for itself in a circle.
@@ -24,23 +26,25 @@ namespace flash_attn2 {
 
 struct TurnOrder {
   VisibleKeys visible;
-  int tile_m, tile_n, group;
+  int tile_m, tile_n, key_blocks, group;
   bool around, downwards;  // neither: upwards
+  int shift;               // around: place in its round of the head's first key block
 
   // `head`: of all KV heads of the batch.
   FLASH_ATTN2_HOST_DEVICE TurnOrder(const BackwardParams& params, int tile_m, int tile_n, int head)
       : visible(params.shape, params.window),
         tile_m(tile_m),
         tile_n(tile_n),
+        key_blocks(ceil_div(visible.seqlen_k, tile_n)),
         group(params.turn_group),
         around(visible.left < 0 && visible.right < 0),
-        downwards(!around && params.turns_alternate && head % 2 == 1) {}
+        downwards(!around && params.turns_alternate && head % 2 == 1),
+        shift(around ? unsigned(head) * key_blocks % group : 0) {}  // no overflow: see the plan
 
   // Key blocks of the group that `key_block` is in.
   FLASH_ATTN2_HOST_DEVICE BlockRange group_of(int key_block) const {
-    const int key_blocks = ceil_div(visible.seqlen_k, tile_n);
-    const int begin = key_block / group * group;
-    return {begin, begin + group < key_blocks ? begin + group : key_blocks};
+    const int begin = (key_block + shift) / group * group - shift, end = begin + group;
+    return {begin > 0 ? begin : 0, end < key_blocks ? end : key_blocks};
   }
 
   // Where the walk of `key_block` over the query blocks that see it starts.

@@ -68,7 +68,9 @@ py::list list_kernels() {
     kernel["smem_bytes"] = row.smem_bytes;
     kernel["persistent"] = row.persistent;
     kernel["cluster"] = row.cluster;
+    kernel["teams"] = row.teams;
     kernel["max_keys"] = row.max_keys;
+    kernel["max_unmasked_keys"] = row.max_unmasked_keys;
     kernels.append(kernel);
   }
   return kernels;
@@ -140,13 +142,13 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t seqlen_q, int
 std::vector<std::vector<std::pair<int, int>>> turn_order(int64_t seqlen_q, int64_t seqlen_k,
                                                          int64_t window_left, int64_t window_right,
                                                          int tile_m, int tile_n, int group,
-                                                         bool downwards) {
+                                                         int head) {
   BackwardParams params;
   params.shape = make_shape(1, seqlen_q, seqlen_k, 1, 1, 64, 64);
   params.window = make_window(window_left, window_right, params.shape);
   params.turn_group = group;
   params.turns_alternate = true;
-  const TurnOrder order(params, tile_m, tile_n, downwards ? 1 : 0);
+  const TurnOrder order(params, tile_m, tile_n, head);
   std::vector<std::vector<std::pair<int, int>>> walks;
   for (int key_block = 0; key_block * tile_n < seqlen_k; ++key_block) {
     const BlockRange blocks = order.visible.query_blocks(key_block * tile_n, tile_m, tile_n);
@@ -199,9 +201,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("turn_order", &turn_order,
         "The deterministic backward's order (csrc/core/turn_order.h) for one head: for every key "
         "block the query blocks that it visits, in order, each with the number of key blocks that "
-        "add to its dQ before. downwards: as every other head goes where the plan lets them.",
+        "add to its dQ before. Odd heads go downwards, as they do where the plan lets them.",
         py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
-        py::arg("tile_m"), py::arg("tile_n"), py::arg("group"), py::arg("downwards") = false);
+        py::arg("tile_m"), py::arg("tile_n"), py::arg("group"), py::arg("head") = 0);
   m.def(
       "force_family",
       [](const std::string& family) {

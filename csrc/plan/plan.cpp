@@ -22,6 +22,7 @@ constexpr int kTallestHeadByHead = 128;
 // See ring_pays.
 constexpr int64_t kRowsOfRing = 1024;
 constexpr int64_t kMaskedRowsOfRing = 4096;
+constexpr int64_t kRowsOfTallRing = 4096;
 constexpr int kTallestOfLongRing = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -47,12 +48,16 @@ bool clusters_fit(const KernelRow& row, const Problem& problem) {
          (!is_masked(problem.window) && query_tiles(row, problem.shape) % row.cluster == 0);
 }
 
+int most_keys(const KernelRow& row, const Problem& problem) {
+  return is_masked(problem.window) ? row.max_keys : row.max_unmasked_keys;
+}
+
 bool serves(const KernelRow& row, const Problem& problem, const DeviceLimits& device) {
   return row.direction == problem.direction && row.dtype == problem.dtype &&
          row.head_dim >= problem.shape.head_dim && row.head_dim_v >= problem.shape.head_dim_v &&
          (problem.family.empty() || problem.family == row.family) && row.min_arch <= device.arch &&
          device.arch <= row.max_arch && row.smem_bytes <= device.smem_per_block_optin &&
-         problem.shape.seqlen_k <= row.max_keys && clusters_fit(row, problem);
+         problem.shape.seqlen_k <= most_keys(row, problem) && clusters_fit(row, problem);
 }
 
 // Columns of S = Q K^T and O = P V: what a pair of a query and a key costs the forward.
@@ -111,8 +116,9 @@ std::string refusal_reason(const KernelRow& row, const KernelRow* chosen, const 
     return "needs " + std::to_string(row.smem_bytes) + " bytes of shared memory, " + device.name +
            " gives a block " + std::to_string(device.smem_per_block_optin);
   }
-  if (row.max_keys < problem.shape.seqlen_k) {
-    return "serves seqlen_k <= " + std::to_string(row.max_keys) + ", the inputs have " +
+  if (most_keys(row, problem) < problem.shape.seqlen_k) {
+    return "serves seqlen_k <= " + std::to_string(most_keys(row, problem)) +
+           (is_masked(problem.window) ? "" : " without a mask") + ", the inputs have " +
            std::to_string(problem.shape.seqlen_k);
   }
   if (!clusters_fit(row, problem)) {
@@ -180,13 +186,13 @@ int heads_of_group(const AttentionShape& shape, const Window& window, const Devi
 // all heads go together, the longest tile of each first, or, where that is more than L2 holds,
 // groups of about 16 heads, of nearly equal size: still few enough for all thread blocks of one
 // head to take turns with what one of them read. docs/performance.md has the shares of idle time.
-int heads_of_persistent_group(const AttentionShape& shape, const Window& window, int tile_m,
-                              const DeviceLimits& device) {
+int heads_of_persistent_group(const AttentionShape& shape, const Window& window,
+                              const KernelRow& row, const DeviceLimits& device) {
   const int64_t query_heads = std::max<int64_t>(int64_t{shape.batch} * shape.heads_q, 1);
-  const int64_t tiles = ceil_div(shape.seqlen_q, tile_m);
-  const int64_t rounds = tiles * query_heads / device.sm_count;
+  const int64_t tiles = query_tiles(row, shape);
+  const int64_t rounds = tiles * query_heads / (device.sm_count * row.teams);
   const bool head_by_head =
-      tiles <= kMostTilesOfHead && rounds >= kManyRounds && tile_m <= kTallestHeadByHead;
+      tiles <= kMostTilesOfHead && rounds >= kManyRounds && row.tile_m <= kTallestHeadByHead;
   if (tiles_are_equal(window) || head_by_head) return 1;
   if (rounds < kManyRounds) return static_cast<int>(query_heads);
   const int64_t group = shape.heads_q / shape.heads_k;
@@ -205,7 +211,7 @@ bool ring_pays(const KernelRow& row, const Problem& problem) {
   const int64_t rows = problem.shape.seqlen_q;
   if (!row.dq_ring || (window.left >= 0 && window.right >= 0)) return false;
   if (is_masked(window)) return rows >= kMaskedRowsOfRing;
-  return row.tile_m > kTallestOfLongRing ? rows <= kRowsOfRing : rows >= kRowsOfRing;
+  return row.tile_m > kTallestOfLongRing ? rows <= kRowsOfTallRing : rows >= kRowsOfRing;
 }
 
 // Where dQ is converted on the way: thread blocks whose index is lower by a whole round of the GPU
@@ -249,13 +255,11 @@ Workspace lay_out(const KernelRow& row, const Problem& problem, int dq_slots) {
   return workspace;
 }
 
-// Key blocks of a head that take turns side by side: as many as run at a time, and so few that
-// their number times that of the query blocks fits in an int.
+// Key blocks that take turns side by side: as many as run at a time, and so few that their number
+// times that of the query blocks fits in an int.
 int turn_group(const KernelRow& row, const AttentionShape& shape, const DeviceLimits& device) {
   const int64_t query_blocks = std::max<int64_t>(ceil_div(shape.seqlen_q, row.tile_m), 1);
-  const int64_t most = std::min<int64_t>(device.sm_count, kMaxInt / query_blocks);
-  return static_cast<int>(
-      std::max<int64_t>(std::min(ceil_div(shape.seqlen_k, row.tile_n), most), 1));
+  return static_cast<int>(std::min<int64_t>(device.sm_count, kMaxInt / query_blocks));
 }
 
 }  // namespace
@@ -332,10 +336,11 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
   plan.launch.smem_bytes = row.smem_bytes;
   if (problem.direction == Direction::kForward) {
     const int64_t resident = device.sm_count / row.cluster * row.cluster;
-    plan.launch.grid = row.persistent ? std::min(row_blocks, resident) : row_blocks;
-    plan.heads_per_group =
-        row.persistent ? heads_of_persistent_group(shape, problem.window, row.tile_m, device)
-                       : heads_of_group(shape, problem.window, device);
+    plan.launch.grid =
+        row.persistent ? std::min(ceil_div(row_blocks, row.teams), resident) : row_blocks;
+    plan.heads_per_group = row.persistent
+                               ? heads_of_persistent_group(shape, problem.window, row, device)
+                               : heads_of_group(shape, problem.window, device);
   } else {
     plan.launch.grid =
         count_blocks("seqlen_k", shape.seqlen_k, row.tile_n, int64_t{shape.batch} * shape.heads_k);
@@ -343,7 +348,8 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
     plan.workspace = lay_out(row, problem, plan.dq_slots);
     if (problem.deterministic) {
       plan.turn_group = turn_group(row, shape, device);
-      plan.turns_alternate = 2 * plan.turn_group > device.sm_count;  // one head at a time
+      const int64_t key_blocks = ceil_div(shape.seqlen_k, row.tile_n);
+      plan.turns_alternate = 2 * key_blocks > device.sm_count;  // one head at a time
     }
   }
   return plan;

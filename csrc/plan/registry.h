@@ -41,7 +41,10 @@ struct KernelRow {
   bool dq_ring = false;     // backward: dQ is converted on the way, see sm90/dq_accumulator.cuh
   int cluster = 1;          // thread blocks that load for each other: needs no mask, and tiles of
                             // a head that divide by it
-  int max_keys = std::numeric_limits<int>::max();  // the longest seqlen_k it serves
+  int teams = 1;            // tiles that a persistent thread block works on at a time
+  // The longest seqlen_k it serves, and without a mask.
+  int max_keys = std::numeric_limits<int>::max();
+  int max_unmasked_keys = std::numeric_limits<int>::max();
   int preference;  // among rows of a family that fit, the lowest wins
   // The launches enqueue every kernel of the pass (backward: pre-process, main, dQ post-process)
   // on the stream and throw std::runtime_error with CUDA's message when a launch fails. An empty

@@ -68,16 +68,16 @@ struct BackwardBarriers {
 };
 
 // The whole warp's reads and writes so far come before the arrival.
-__device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
+__device__ __forceinline__ void arrive_as_warp(Barrier& barrier, int thread) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier.arrive();
+  if (thread % 32 == 0) barrier.arrive();
 }
 
 // The same for a word that the barrier's waiter overwrites: read by the lane that arrives, as
 // racecheck does not follow other lanes' reads to it.
-__device__ __forceinline__ int read_as_warp(const int& word) {
+__device__ __forceinline__ int read_as_warp(const int& word, int thread) {
   int value = 0;
-  if (threadIdx.x % 32 == 0) value = word;
+  if (thread % 32 == 0) value = word;
   return __shfl_sync(0xffffffffu, value, 0);
 }
 

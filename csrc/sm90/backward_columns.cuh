@@ -7,6 +7,7 @@
 #pragma once
 
 #include "backward_consumer.cuh"
+#include "mask.cuh"
 
 namespace flash_attn2::sm90 {
 
@@ -59,7 +60,10 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     const int key_begin = recompute(work.key_begin) + first_key();
     const VisibleKeys visible(arguments.params.shape, arguments.params.window);
     if (visible.tile_needs_mask(row_begin, kTileM, key_begin, kKeys)) {
-      mask(acc, visible, row_begin + thread_row(), key_begin + thread % 4 * 2);
+      const int row = row_begin + thread_row(), key = key_begin + thread % 4 * 2;
+      hide_columns(acc, [&](int j) {
+        return BlockRange{visible.first(row + 8 * j) - key, visible.end(row + 8 * j) - key};
+      });
     }
     const float scale_log2 = arguments.params.softmax_scale * kLog2e;
     const float* lse = this->lse(step) + thread_row();
@@ -69,23 +73,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
       acc(i) = exp2f(acc(i) * scale_log2 - lse_of_row[i / 2 % 2]);
     }
     store_scores(acc, tile_p(step));
-    arrive_as_warp(smem.barriers.p_full[Scores{uint32_t(step)}.stage()]);
-  }
-
-  // Boundary tiles: hidden entries of S become -inf. (row, key) is this thread's first entry.
-  __device__ __forceinline__ static void mask(AccS& acc, const VisibleKeys& visible, int row,
-                                              int key) {
-    CUTE_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      const int begin = visible.first(row + 8 * j) - key, end = visible.end(row + 8 * j) - key;
-      CUTE_UNROLL
-      for (int i = 0; i < kKeys / 8; ++i) {
-        CUTE_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          if (8 * i + c < begin || 8 * i + c >= end) acc(4 * i + 2 * j + c) = -INFINITY;
-        }
-      }
-    }
+    arrive_as_warp(smem.barriers.p_full[Scores{uint32_t(step)}.stage()], thread);
   }
 
   // B4: dS = P (dP - D), in place of dP and to shared memory.
@@ -95,14 +83,14 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     CUTE_UNROLL
     for (int i = 0; i < size(acc); ++i) acc(i) = p(i) * (acc(i) - delta_of_row[i / 2 % 2]);
     store_scores(acc, tile_ds_by_keys(step));
-    arrive_as_warp(smem.barriers.ds_full[Scores{uint32_t(step)}.stage()]);
+    arrive_as_warp(smem.barriers.ds_full[Scores{uint32_t(step)}.stage()], thread);
   }
 
   // This consumer's (queries, keys) part of P or dS, rounded, to the (keys, queries) tile.
   template <class Tile>
   __device__ __forceinline__ void store_scores(const AccS& acc, const Tile& tile) const {
     const auto values = rounded<Element>(acc);
-    const StoreLane lane = StoreLane::columns();
+    const StoreLane lane = StoreLane::columns(thread);
     Element* target = &tile(first_key() + int(lane.column), thread / 32 * 16 + int(lane.row));
     CUTE_UNROLL
     for (int block = 0; block < kKeys / 16; ++block) {  // the swizzle repeats every 8 rows
@@ -181,7 +169,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
   __device__ __forceinline__ void write_columns(const CUtensorMap& map, const Acc& acc,
                                                 const Tile& tile) const {
     const auto values = rounded<Element>(acc);
-    const StoreLane lane = StoreLane::columns();
+    const StoreLane lane = StoreLane::columns(thread);
     const int first = consumer * kPart;
     CUTE_UNROLL
     for (int m = 0; m < kPart / 64; ++m) {

@@ -14,6 +14,10 @@ struct BackwardConsumer {
   static constexpr int kTileM = Traits::kTileM, kTileN = Traits::kTileN, kKeys = Traits::kKeys;
   static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
   using AccDq = Accumulator<MmaDq, Traits::kDqRows, Traits::kDqColumns>;
+  // Where registers are scarce, ptxas reads the thread's number from its special register in every
+  // step, where that waits behind the additions to dQ: 5% of head dim 64. Where they are scarcer
+  // still, keeping the number spills others.
+  static constexpr bool kKeepThread = kTileM == 128;
   using Stages = Ring<Traits::kStages>;
   using DoutStages = Ring<Traits::kDoutStages>;
   using Scores = Ring<Traits::kScoreBuffers>;
@@ -30,7 +34,8 @@ struct BackwardConsumer {
         smem(smem),
         work(work),
         consumer(consumer),
-        thread(threadIdx.x % kWarpGroupThreads) {}
+        thread(kKeepThread ? recompute(threadIdx.x % kWarpGroupThreads)
+                           : threadIdx.x % kWarpGroupThreads) {}
 
   // Shared-memory tiles.
   __device__ __forceinline__ auto tile_k() const {
@@ -74,17 +79,17 @@ struct BackwardConsumer {
   }
   // The step's query tile, after wait_for_q and before release_q.
   __device__ __forceinline__ int first_row(int step) const {
-    return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()].row_begin);
+    return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()].row_begin, thread);
   }
   __device__ __forceinline__ int tile_of_sums(int step) const {
-    return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()].sums);
+    return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()].sums, thread);
   }
   // The buffers of Q (and L) or of dO (and D) of a step are no longer needed.
   __device__ __forceinline__ void release_q(int step) const {
-    arrive_as_warp(smem.barriers.q_empty[Stages{uint32_t(step)}.stage()]);
+    arrive_as_warp(smem.barriers.q_empty[Stages{uint32_t(step)}.stage()], thread);
   }
   __device__ __forceinline__ void release_dout(int step) const {
-    arrive_as_warp(smem.barriers.dout_empty[DoutStages{uint32_t(step)}.stage()]);
+    arrive_as_warp(smem.barriers.dout_empty[DoutStages{uint32_t(step)}.stage()], thread);
   }
 
   // Starts a part of this consumer's half of dQ = dS K, over all keys of the tile (B7).
@@ -102,13 +107,13 @@ struct BackwardConsumer {
     const bool ordered = params.dq_turn != nullptr;
     if (ordered && dq_part == 0) smem.barriers.turn_come.wait(step & 1);
     add_to_dq(params.dq_accum + int64_t(tile) * Traits::kDqElements, acc,
-              consumer * Traits::kDqParts + dq_part);
-    if (ordered && dq_part == Traits::kDqParts - 1) arrive_as_warp(smem.barriers.turn_used);
+              consumer * Traits::kDqParts + dq_part, thread);
+    if (ordered && dq_part == Traits::kDqParts - 1) arrive_as_warp(smem.barriers.turn_used, thread);
   }
 
   // Until both consumers are done with K and V.
   __device__ __forceinline__ void wait_for_both() const {
-    arrive_as_warp(smem.barriers.done);
+    arrive_as_warp(smem.barriers.done, thread);
     smem.barriers.done.wait(0);
   }
 

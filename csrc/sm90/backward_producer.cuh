@@ -72,7 +72,7 @@ struct BackwardProducer {
       smem.barriers.dout_empty[dout_ring.stage()].wait(dout_ring.parity() ^ 1);
       load_dout(step, at, tile);
     }
-    if constexpr (Traits::kDqRing) {
+    if (Traits::kDqRing && has_converters(arguments.params, work)) {
       smem.barriers.done.wait(0);
       count_dq_added(arguments.params, work);
     }

@@ -4,14 +4,15 @@
 #pragma once
 
 #include "backward_consumer.cuh"
+#include "mask.cuh"
 
 namespace flash_attn2::sm90 {
 
 // A thread's accumulators of a (64 keys, queries) product lie in groups of four: queries (q, q + 1)
 // of key r, then of key r + 8. This thread's pairs of LSE or delta: number i for the group of
 // accumulator i.
-__device__ __forceinline__ const float2* query_pairs(const float* row) {
-  return reinterpret_cast<const float2*>(row) + threadIdx.x % 4;
+__device__ __forceinline__ const float2* query_pairs(const float* row, int thread) {
+  return reinterpret_cast<const float2*>(row) + thread % 4;
 }
 
 template <class Traits>
@@ -54,11 +55,15 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
     const int key_begin = recompute(work.key_begin) + first_key();
     const VisibleKeys visible(arguments.params.shape, arguments.params.window);
     if (visible.tile_needs_mask(row_begin, kTileM, key_begin, kKeys)) {
-      mask(acc, visible, row_begin + thread % 4 * 2,
-           key_begin + thread / 32 * 16 + thread % 32 / 4);
+      const int row = row_begin + thread % 4 * 2,
+                key = key_begin + thread / 32 * 16 + thread % 32 / 4;
+      hide_columns(acc, [&](int j) {
+        const BlockRange rows = visible.rows_of_key(key + 8 * j);
+        return BlockRange{rows.begin - row, rows.end - row};
+      });
     }
     const float scale_log2 = arguments.params.softmax_scale * kLog2e;
-    const float2* lse = query_pairs(this->lse(step));
+    const float2* lse = query_pairs(this->lse(step), thread);
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 4) {
       const float2 pair = lse[i];
@@ -73,7 +78,7 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
   template <class Probabilities>
   __device__ __forceinline__ void make_score_gradients(int step, const Probabilities& probabilities,
                                                        AccS& acc) const {
-    const float2* delta = query_pairs(this->delta(step));
+    const float2* delta = query_pairs(this->delta(step), thread);
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 4) {
       const float2 pair = delta[i];
@@ -85,27 +90,10 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
     }
   }
 
-  // Boundary tiles: hidden entries of S^T become -inf. (query, key) is this thread's first entry.
-  __device__ __forceinline__ static void mask(AccS& acc, const VisibleKeys& visible, int query,
-                                              int key) {
-    CUTE_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      const BlockRange rows = visible.rows_of_key(key + 8 * j);
-      const int begin = rows.begin - query, end = rows.end - query;
-      CUTE_UNROLL
-      for (int i = 0; i < kTileM / 8; ++i) {
-        CUTE_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          if (8 * i + c < begin || 8 * i + c >= end) acc(4 * i + 2 * j + c) = -INFINITY;
-        }
-      }
-    }
-  }
-
   // This consumer's (keys, queries) part of dS^T to the (queries, keys) tile.
   template <class Fragment>
   __device__ __forceinline__ void store_score_gradients(const Fragment& ds, int step) const {
-    const StoreLane lane = StoreLane::columns();
+    const StoreLane lane = StoreLane::columns(thread);
     const auto tile = this->tile_ds(step);
     Element* target = &tile(int(lane.column), first_key() + thread / 32 * 16 + lane.row);
     CUTE_UNROLL
@@ -115,7 +103,7 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
     cutlass::arch::fence_view_async_shared();
     Barrier& full = smem.barriers.ds_full[typename Base::Scores{uint32_t(step)}.stage()];
     if constexpr (Traits::kDsArrivals == kConsumers * kWarpsPerGroup) {
-      arrive_as_warp(full);
+      arrive_as_warp(full, thread);
     } else {
       full.arrive();
     }
@@ -147,7 +135,7 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
   __device__ __forceinline__ void write_rows(const CUtensorMap& map, const Acc& acc,
                                              const Tile& tile) const {
     constexpr int kColumns = decltype(size<1>(tile))::value;
-    const StoreLane lane = StoreLane::rows();
+    const StoreLane lane = StoreLane::rows(thread);
     const auto values = rounded<Element>(acc);
     const int row = first_key() + thread / 32 * 16 + lane.row;
     CUTE_UNROLL

@@ -1,7 +1,6 @@
 // Types, shared memory and work of one sm90 backward kernel.
 #pragma once
 
-#include "../core/mask.cuh"
 #include "../core/schedule.cuh"
 #include "../core/softmax.cuh"
 #include "../core/turn_order.h"
@@ -103,13 +102,6 @@ struct BackwardArguments {
   CUtensorMap lse, delta;     // rows of kTileM numbers
   BackwardParams params;
 };
-
-// Keeps the compiler from computing what follows from x once, before the loop, to hold it in
-// registers that the loop has not got.
-__device__ __forceinline__ int recompute(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 
 template <class Traits>
 __device__ __forceinline__ int key_blocks(const BackwardParams& params) {

@@ -1,6 +1,7 @@
 // Every barrier of the sm90 forward: who arrives, who waits, how often.
 //
-// mbarriers (shared memory; the producer is one thread, a consumer warp arrives with one lane):
+// mbarriers (shared memory, of each team; the producer is one thread, a consumer warp arrives with
+// one lane):
 //
 //   barrier      arrivals a phase            completes when                    who waits
 //   q_full[w]    1 (producer) + bytes        Q's 64 rows of group w are there  group w
@@ -20,7 +21,7 @@
 //   turn(w)      256: group w waits (128), the group before it arrives (128). Ping-pong: the group
 //                whose turn it is issues its products, then passes the turn on, so that the softmax
 //                of one group runs under the products of another. Every group takes one turn per
-//                key block of the thread block's tile, whether or not its rows see the block.
+//                key block of the tile, whether or not its rows see the block. Two teams take none.
 //   rows(w)      128: group w alone, before the output overwrites Q.
 #pragma once
 
@@ -69,7 +70,7 @@ struct Ring {
   __device__ __forceinline__ uint32_t parity() const { return use / kStages & 1; }
 };
 
-// The ping-pong between groups.
+// The ping-pong between groups; a single one takes none.
 template <int kGroups>
 struct Turns {
   // The last group hands the first turn to group 0. Once per thread block.
@@ -77,11 +78,13 @@ struct Turns {
     if (group == kGroups - 1) pass(group);
   }
   __device__ __forceinline__ static void wait(int group) {
-    cutlass::arch::NamedBarrier::sync(2 * kWarpGroupThreads, group);
+    if constexpr (kGroups > 1) cutlass::arch::NamedBarrier::sync(2 * kWarpGroupThreads, group);
   }
   __device__ __forceinline__ static void pass(int group) {
-    cutlass::arch::NamedBarrier::arrive(2 * kWarpGroupThreads,
-                                        group + 1 == kGroups ? 0 : group + 1);
+    if constexpr (kGroups > 1) {
+      cutlass::arch::NamedBarrier::arrive(2 * kWarpGroupThreads,
+                                          group + 1 == kGroups ? 0 : group + 1);
+    }
   }
 };
 

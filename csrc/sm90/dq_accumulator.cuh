@@ -23,9 +23,8 @@
 namespace flash_attn2::sm90 {
 
 template <class Acc>
-__device__ __forceinline__ void add_to_dq(float* tile, const Acc& acc, int part) {
-  float* target =
-      tile + (part * int(size(acc)) * kWarpGroupThreads + threadIdx.x % kWarpGroupThreads * 4);
+__device__ __forceinline__ void add_to_dq(float* tile, const Acc& acc, int part, int thread) {
+  float* target = tile + (part * int(size(acc)) * kWarpGroupThreads + thread * 4);
   CUTE_UNROLL
   for (int i = 0; i < size(acc); i += 4) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
@@ -89,6 +88,13 @@ __device__ __forceinline__ void fence_bulk_copies() {
 // tma_store_wait, but for the writes, not only the reads.
 __device__ __forceinline__ void wait_for_bulk_writes() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Whether thread blocks of a later head wait for this one.
+template <class Traits>
+__device__ __forceinline__ bool has_converters(const BackwardParams& params,
+                                               const BackwardWork<Traits>& work) {
+  return work.kv_head(params) + params.dq_lag < params.shape.batch * params.shape.heads_k;
 }
 
 // By one thread, when the thread block has added all that it adds.

@@ -1,8 +1,8 @@
 // A consumer warpgroup of the sm90 forward: 64 query rows of every tile (steps F2 to F7).
 #pragma once
 
-#include "../core/mask.cuh"
 #include "forward_traits.cuh"
+#include "mask.cuh"
 #include "softmax.cuh"
 
 namespace flash_attn2::sm90 {
@@ -36,11 +36,11 @@ struct ForwardConsumer {
                                                    cute::Shape<_64, Int<Traits::kOutColumns>>{}));
   using P = decltype(make_tensor<Element>(operand_a_layout(typename AccS::layout_type{})));
   static constexpr int kRows = 2;  // of a tile, held by one thread
-  using GroupTurns = Turns<Traits::kGroups>;
+  using GroupTurns = typename Traits::GroupTurns;
 
   const ForwardArguments& arguments;
-  typename Traits::SharedStorage& smem;
-  const int group, thread;  // thread: inside the group
+  typename Traits::TeamStorage& smem;
+  const int team, group, thread;  // group: inside the team; thread: inside the group
   const VisibleKeys visible;
   const float scale_log2;
   Ring<Traits::kStages> ring;  // of the block whose scores are next; V's may be one use behind
@@ -50,9 +50,11 @@ struct ForwardConsumer {
   OverlappedSoftmax<kRows> softmax;
 
   __device__ __forceinline__ ForwardConsumer(const ForwardArguments& arguments,
-                                             typename Traits::SharedStorage& smem, int group)
+                                             typename Traits::TeamStorage& smem, int team,
+                                             int group)
       : arguments(arguments),
         smem(smem),
+        team(team),
         group(group),
         thread(threadIdx.x % kWarpGroupThreads),
         visible(arguments.params.shape, arguments.params.window),
@@ -87,13 +89,13 @@ struct ForwardConsumer {
     warpgroup_fence_operand(acc_s);
     release_block(smem.barriers.k_empty[ring.stage()]);
 
-    auto scores = rows_columns(acc_s);
     if (visible.tile_needs_mask(row_begin, kGroupRows, block * kTileN, kTileN)) {
-      // Relative to the thread's first row and column, coordinates are constants.
-      const auto coords = [](int i, int j) { return make_coord(8 * i, j % 2 + j / 2 * 8); };
-      apply_mask(scores, coords, visible, row_begin + thread_row(),
-                 block * kTileN + thread % 4 * 2);
+      const int row = recompute(row_begin + thread_row()), key = block * kTileN + thread % 4 * 2;
+      hide_columns(acc_s, [&](int j) {
+        return BlockRange{visible.first(row + 8 * j) - key, visible.end(row + 8 * j) - key};
+      });
     }
+    auto scores = rows_columns(acc_s);
     float factor[kRows];
     const bool grew = softmax.update(scores, factor, scale_log2);
     if constexpr (!kFirst) {
@@ -138,10 +140,8 @@ struct ForwardConsumer {
     for (; blocks > 0; --blocks) {
       smem.barriers.k_full[ring.stage()].wait(ring.parity());
       release_block(smem.barriers.k_empty[ring.stage()]);
-      {
-        GroupTurns::wait(group);
-        GroupTurns::pass(group);
-      }
+      GroupTurns::wait(group);
+      GroupTurns::pass(group);
       smem.barriers.v_full[ring.stage()].wait(ring.parity());
       release_block(smem.barriers.v_empty[ring.stage()]);
       ++ring.use;
@@ -240,7 +240,7 @@ struct ForwardConsumer {
 
   __device__ __forceinline__ void run() {
     GroupTurns::start(group);
-    typename Traits::Schedule schedule(arguments.params, arguments.divisors);
+    typename Traits::Schedule schedule(arguments.params, arguments.divisors, team);
     ForwardTile tile;
     while (schedule.next(tile)) run_tile(tile);
     wait_for_store();  // shared memory has to outlive it

@@ -37,7 +37,9 @@ KernelRow forward_row(int preference) {
   KernelRow row = describe<Traits>("sm90", 90, Direction::kForward, preference);
   row.max_arch = 90;
   row.persistent = true;
+  row.teams = Traits::kTeams;
   row.max_keys = Traits::kMaxKeys;
+  row.max_unmasked_keys = Traits::kMaxUnmaskedKeys;
   row.cluster = Traits::kCluster;
   if (row.cluster > 1) row.name += "_x" + std::to_string(row.cluster);
   row.forward = launch_forward<Traits>;

@@ -10,7 +10,8 @@ template <class Traits>
 struct ForwardProducer {
   using Element = typename Traits::Element;
   const ForwardArguments& arguments;
-  typename Traits::SharedStorage& smem;
+  typename Traits::TeamStorage& smem;
+  const int team;
   Ring<Traits::kStages> ring_k, ring_v;
   uint32_t q_parity = 0;
 
@@ -63,7 +64,7 @@ struct ForwardProducer {
 
   // In the order in which the consumers want them: K runs one block ahead of V.
   __device__ __forceinline__ void run() {
-    typename Traits::Schedule schedule(arguments.params, arguments.divisors);
+    typename Traits::Schedule schedule(arguments.params, arguments.divisors, team);
     ForwardTile tile;
     while (schedule.next(tile)) {
       const bool any_key = tile.blocks.begin < tile.blocks.end;

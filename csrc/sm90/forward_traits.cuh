@@ -11,6 +11,7 @@
 namespace flash_attn2::sm90 {
 
 inline constexpr int kMaxSmemBytes = 227 * 1024;
+inline constexpr int kAnyKeys = std::numeric_limits<int>::max();
 
 // Swizzled shared-memory atoms of 16-bit tiles whose rows hold kColumns contiguous elements:
 // RowMajor for an operand whose contiguous dimension is the product's K, ColumnMajor (the same
@@ -25,7 +26,8 @@ struct SmemAtom {
 };
 
 template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, int kHeadDimV_ = kHeadDim_,
-          int kCluster_ = 1, int kMaxKeys_ = std::numeric_limits<int>::max()>
+          int kCluster_ = 1, int kMaxKeys_ = kAnyKeys, int kTeams_ = 1,
+          int kMaxUnmaskedKeys_ = kMaxKeys_>
 struct ForwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;    // of Q and K
@@ -33,6 +35,7 @@ struct ForwardTraits {
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
   static constexpr int kMaxKeys = kMaxKeys_;  // the plan takes other tiles for more
+  static constexpr int kMaxUnmaskedKeys = kMaxUnmaskedKeys_;
   // Thread blocks that work on neighbouring tiles of a head and load a part of each block of K and
   // V for all of them.
   static constexpr int kCluster = kCluster_;
@@ -42,11 +45,15 @@ struct ForwardTraits {
   static constexpr int kGroupRows = 64;  // of S and the output, one wgmma's M
   static constexpr int kWarpRows = kGroupRows / kWarpsPerGroup;
   static constexpr int kGroups = kTileM / kGroupRows;
-  static constexpr int kThreads = kWarpGroupThreads * (kGroups + 1);
+  // Teams of kGroups, each with tiles, shared memory and a loading warp of its own: while the tile
+  // of one begins or ends, the other computes.
+  static constexpr int kTeams = kTeams_;
+  static constexpr int kConsumers = kTeams * kGroups;
+  static constexpr int kThreads = kWarpGroupThreads * (kConsumers + 1);
   // setmaxnreg: 64K registers shared out between the producer and the consumers.
-  static constexpr int kProducerRegs = kGroups == 2 ? 24 : 32;
-  static constexpr int kConsumerRegs = kGroups == 2 ? 240 : 160;
-  static_assert(kGroups == 2 || kGroups == 3);
+  static constexpr int kProducerRegs = kConsumers == 3 ? 32 : 24;
+  static constexpr int kConsumerRegs = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
+  static_assert(2 <= kConsumers && kConsumers <= 4 && kTeams <= kWarpsPerGroup);
   static_assert(kTileN % 16 == 0);
 
   // S (64, kTileN) = Q K^T, both from shared memory; O (64, kHeadDimV) += P V, P from registers.
@@ -63,7 +70,7 @@ struct ForwardTraits {
             stages * (kKElements + kVElements)) *
                    int(sizeof(Element)) +
                int(sizeof(ForwardBarriers<kGroups, 3, kCluster>)) <=
-           kMaxSmemBytes;
+           kMaxSmemBytes / kTeams;
   }
   static constexpr int kStages = fits(3, kHeadDimV) ? 3 : 2;
   // Where there is room, the output leaves from a buffer of its own, if need be in two halves of
@@ -74,7 +81,7 @@ struct ForwardTraits {
   static constexpr int kOutColumns = kHeadDimV / kOutParts;  // of a part
   static constexpr bool kOwnOutBuffer = fits(kStages, kOutColumns);
   static constexpr int kOutElements = kGroupRows * kOutColumns;
-  static_assert(kOwnOutBuffer || kOutElements <= kQElements);
+  static_assert(kOwnOutBuffer || (kOutElements <= kQElements && kTeams == 1));
   static_assert(kBoxColumns<kOutColumns> == kBoxColumns<kHeadDimV>);  // one tensor map
 
   using MmaOutPart =  // a product with the accumulators of a part
@@ -93,9 +100,11 @@ struct ForwardTraits {
                                            cute::Shape<Int<kGroupRows>, Int<kOutColumns>>{}));
 
   using Barriers = ForwardBarriers<kGroups, kStages, kCluster>;
-  using Schedule = ForwardSchedule<kTileM, kTileN, kWarpRows>;
+  using Schedule = ForwardSchedule<kTileM, kTileN, kWarpRows, kTeams>;
+  // Groups take turns with their products; the other team fills the gaps as well.
+  using GroupTurns = Turns<kTeams == 1 ? kGroups : 1>;
 
-  struct SharedStorage {
+  struct TeamStorage {
     alignas(1024) Element q[kGroups][kQElements];
     alignas(1024) Element k[kStages][kKElements];
     alignas(1024) Element v[kStages][kVElements];
@@ -110,7 +119,7 @@ struct ForwardTraits {
       }
     }
   };
-  static constexpr int kSmemBytes = int(sizeof(SharedStorage));
+  static constexpr int kSmemBytes = kTeams * int(sizeof(TeamStorage));
   static_assert(kSmemBytes <= kMaxSmemBytes);
 };
 

@@ -14,6 +14,13 @@ namespace flash_attn2::sm90 {
 using namespace cute;
 using GMMA::Major;
 
+// Keeps the compiler from computing what follows from x once, before the loop, to hold it in
+// registers that the loop has not got.
+__device__ __forceinline__ int recompute(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // (rows, columns) tile, columns contiguous, in slabs of all rows by kBox columns: one swizzle span
 // and one TMA box each.
 template <int kRows, int kColumns, int kBox = kBoxColumns<kColumns>, class Element>
@@ -138,12 +145,12 @@ __device__ __forceinline__ auto to_operand_a(const Acc& acc) {
 struct StoreLane {
   int row, column;  // of this lane's stmatrix row, inside the block
 
-  __device__ __forceinline__ static StoreLane rows() {
-    const int lane = threadIdx.x % 32;
+  __device__ __forceinline__ static StoreLane rows(int thread) {
+    const int lane = thread % 32;
     return {lane % 16, lane / 16 * 8};
   }
-  __device__ __forceinline__ static StoreLane columns() {
-    const int lane = threadIdx.x % 32;
+  __device__ __forceinline__ static StoreLane columns(int thread) {
+    const int lane = thread % 32;
     return {lane / 8 % 2 * 8, lane % 8 + lane / 16 * 8};
   }
 };

@@ -1,4 +1,5 @@
-// Which tiles a thread block of the persistent forward grid works on, in which order.
+// Which tiles a team of the persistent forward grid works on, in which order. (One team is a thread
+// block, see ForwardTraits.)
 #pragma once
 
 #include <cutlass/fast_math.h>
@@ -7,7 +8,7 @@
 
 namespace flash_attn2::sm90 {
 
-// What one thread block works on at a time.
+// What a team works on at a time.
 struct ForwardTile {
   TileCoord coord;
   int head_k;
@@ -30,30 +31,32 @@ struct ScheduleDivisors {
         heads_per_kv_head(params.shape.heads_q / params.shape.heads_k) {}
 };
 
-// A static schedule, the same for producer and consumers without a word between them. Rounds of
-// gridDim.x tiles in forward order (core/schedule.cuh), every other round backwards, so that the
-// tiles of two rounds add up to about the same length for every thread block.
+// A static schedule, the same for producer and consumers without a word between them. Rounds of a
+// tile for each team of the grid in forward order (core/schedule.cuh), every other round backwards,
+// so that the tiles of two rounds add up to about the same length for every team.
 //
 // The plan groups heads where a mask makes the tiles of a head so many and so different that this
 // is not enough. Groups alternate, too: longest tile first in the last one, backwards in the one
 // before, so that lengths change slowly from round to round, also from group to group, and the
 // last tiles are short.
-template <int kTileM, int kTileN, int kWarpRows>
+template <int kTileM, int kTileN, int kWarpRows, int kTeams>
 struct ForwardSchedule {
   const ForwardParams& params;
   const ScheduleDivisors& divisors;
   const VisibleKeys visible;
   const int blocks;  // of query rows, of one head
   const unsigned tiles;
+  const int team;
   unsigned round = 0;
 
   __device__ __forceinline__ ForwardSchedule(const ForwardParams& params,
-                                             const ScheduleDivisors& divisors)
+                                             const ScheduleDivisors& divisors, int team)
       : params(params),
         divisors(divisors),
         visible(params.shape, params.window),
         blocks(ceil_div(params.shape.seqlen_q, kTileM)),
-        tiles(unsigned(blocks) * params.shape.heads_q * params.shape.batch) {}
+        tiles(unsigned(blocks) * params.shape.heads_q * params.shape.batch),
+        team(kTeams == 1 ? 0 : team) {}
 
   // core/schedule.cuh's forward_tile without its divisions.
   __device__ __forceinline__ TileCoord coord_of(int index) const {
@@ -81,8 +84,8 @@ struct ForwardSchedule {
 
   // The next tile; false when there is none.
   __device__ __forceinline__ bool next(ForwardTile& tile) {
-    const unsigned first = round * gridDim.x;
-    unsigned index = first + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+    const unsigned rank = kTeams * blockIdx.x + team, ranks = kTeams * gridDim.x;
+    unsigned index = round * ranks + (round % 2 == 0 ? rank : ranks - 1 - rank);
     ++round;
     if (index >= tiles) return false;
 
