@@ -13,6 +13,15 @@ from flash_attn2 import ops
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and the CUDA extension")
+    share_the_cores(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def share_the_cores(workers: int) -> None:
+    """Under `pytest -n`: workers with as many threads each as there are cores would stand still."""
+    if workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of what the tests start
 
 
 def _why_no_gpu() -> str | None:
