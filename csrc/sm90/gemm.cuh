@@ -49,7 +49,7 @@ __device__ __forceinline__ auto part(const Tile& tile, int i, int j) {
 
 // Where it was included without a wgmma of the wanted N, CuTe takes a narrower one without a word.
 // Its headers have 8, 16, 32, 64, 96, 128, 192 and 256, and the other multiples of 8 for who
-// defines CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED first: 35 s of nvcc, so only the instance files
+// defines CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED first: 30 s of nvcc, so only the instance files
 // that need one do.
 template <class Operation, int kColumns>
 struct Wgmma {
