@@ -150,7 +150,7 @@ def test_sm90_sources_are_compiled_for_sm_90a_alone():
     ]
 
 
-def test_rows_for_little_shared_memory_are_not_compiled_for_sm_90():
+def test_rows_for_little_shared_memory_are_not_compiled_for_sm_90a():
     first, later = (f"/x/csrc/sm80/instances/bf16_d96_bwd_{row}.cu" for row in (0, 1))
     for archs, left in (
         (["80", "90a"], ["-gencode=arch=compute_80,code=[sm_80,compute_80]"]),

@@ -9,7 +9,7 @@ and replays stderr, so a cached object has its log too.
 
 torch's build has one list of flags for all sources; some sources get their own here:
 - csrc/sm90: compiled for sm_90a alone, as no other architecture runs them;
-- the later rows of the sm80 backward's tile table: not compiled for sm_90, which has the shared
+- the later rows of the sm80 backward's tile table: not compiled for sm_90a, which has the shared
   memory for the first row of every head dim. Each architecture is a compilation of its own.
 """
 
@@ -39,7 +39,7 @@ def for_its_source(command: list[str]) -> list[str]:
     if "sm90" in source.parts:
         return without_gencode(command, "(?!.*sm_90a)")
     if "sm80" in source.parts and re.search(r"_bwd_[1-9]", source.stem):
-        return without_gencode(command, ".*code=sm_90a?$")
+        return without_gencode(command, ".*sm_90a")
     return command
 
 

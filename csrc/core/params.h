@@ -66,7 +66,7 @@ struct BackwardParams {
   int dq_lag = 0;  // a thread block converts dQ of the KV head that comes this many before its own
 
   // See turn_order.h.
-  int turn_group = 1;            // key blocks of a head that take turns side by side
+  int turn_group = 1;            // key blocks that run, and take turns, side by side
   bool turns_alternate = false;  // every other head goes the other way
 };
 

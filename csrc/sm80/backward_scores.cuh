@@ -1,9 +1,9 @@
 // P and dS of one (query block, key block) pair (steps B2 to B4), by any of the ScoreShares.
 #pragma once
 
-#include "../core/mask.cuh"
 #include "../core/softmax.cuh"
 #include "backward_tiles.cuh"
+#include "mask.cuh"
 
 namespace flash_attn2::sm80 {
 

@@ -4,10 +4,10 @@
 // output never leave a warp's registers.
 #pragma once
 
-#include "../core/mask.cuh"
 #include "../core/schedule.cuh"
 #include "../core/softmax.cuh"
 #include "gemm.cuh"
+#include "mask.cuh"
 
 namespace flash_attn2::sm80 {
 

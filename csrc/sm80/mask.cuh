@@ -1,11 +1,11 @@
-// The element half of the mask (step F3, and B2 in the backward).
+// The element half of the mask in mma.sync's accumulators (steps F3 and B2).
 #pragma once
 
 #include <cute/tensor.hpp>
 
-#include "window.h"
+#include "../core/window.h"
 
-namespace flash_attn2 {
+namespace flash_attn2::sm80 {
 
 // Sets the hidden entries of a score tile to -inf.
 //   scores, coords: (rows, columns) views of one thread's accumulators and of their coordinates
@@ -31,4 +31,4 @@ __device__ __forceinline__ void apply_mask(Scores& scores, const Coords& coords,
   }
 }
 
-}  // namespace flash_attn2
+}  // namespace flash_attn2::sm80
