@@ -140,9 +140,13 @@ def test_long_sequence(mask):
     check(Case(900, 8192, 1, 1, head_dim=128, batch=1, mask=mask), torch.bfloat16)
 
 
+# Head dim 256 has no shared memory for them.
+HEAD_DIMS_WITH_SLOTS = [dims for dims in YARDSTICK_HEAD_DIMS if dims[0] < 256]
+
+
 @pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
-@pytest.mark.parametrize("head_dims", YARDSTICK_HEAD_DIMS, ids=str)
+@pytest.mark.parametrize("head_dims", HEAD_DIMS_WITH_SLOTS, ids=str)
 def test_more_heads_than_dq_has_slots(head_dims, dtype, deterministic):
     """The slots of dQ's accumulator are taken by several KV heads, one after the other: of 320,
     266 at most on 132 multiprocessors. Under the mask some thread blocks add nothing.

@@ -14,10 +14,6 @@ struct BackwardConsumer {
   static constexpr int kTileM = Traits::kTileM, kTileN = Traits::kTileN, kKeys = Traits::kKeys;
   static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
   using AccDq = Accumulator<MmaDq, Traits::kDqRows, Traits::kDqColumns>;
-  // Where registers are scarce, ptxas reads the thread's number from its special register in every
-  // step, where that waits behind the additions to dQ: 5% of head dim 64. Where they are scarcer
-  // still, keeping the number spills others.
-  static constexpr bool kKeepThread = kTileM == 128;
   using Stages = Ring<Traits::kStages>;
   using DoutStages = Ring<Traits::kDoutStages>;
   using Scores = Ring<Traits::kScoreBuffers>;
@@ -25,7 +21,10 @@ struct BackwardConsumer {
   const BackwardArguments& arguments;
   typename Traits::SharedStorage& smem;
   const BackwardWork<Traits> work;
-  const int consumer, thread;  // thread: inside the warpgroup
+  const int consumer;
+  // Inside the warpgroup. Its own lane's through a shuffle, which ptxas does not repeat: it would
+  // read the special register anew in every step, where that waits behind the additions to dQ.
+  const int thread;
 
   __device__ __forceinline__ BackwardConsumer(const BackwardArguments& arguments,
                                               typename Traits::SharedStorage& smem,
@@ -34,8 +33,7 @@ struct BackwardConsumer {
         smem(smem),
         work(work),
         consumer(consumer),
-        thread(kKeepThread ? recompute(threadIdx.x % kWarpGroupThreads)
-                           : threadIdx.x % kWarpGroupThreads) {}
+        thread(__shfl_sync(0xffffffffu, threadIdx.x % kWarpGroupThreads, threadIdx.x % 32)) {}
 
   // Shared-memory tiles.
   __device__ __forceinline__ auto tile_k() const {

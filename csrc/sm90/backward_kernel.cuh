@@ -33,7 +33,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   }
   __syncthreads();
-  const unsigned index = ordered ? smem.index : blockIdx.x;
+  // A shuffle tells the compiler that all threads have the same: loop counters and descriptors can
+  // then stay in uniform registers.
+  const unsigned index = __shfl_sync(0xffffffffu, ordered ? smem.index : blockIdx.x, 0);
   const int group = cutlass::canonical_warp_group_idx();
   // The work is made after setmaxnreg, so that it takes registers of the new share.
   if (group == 0) {

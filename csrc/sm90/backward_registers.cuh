@@ -9,11 +9,38 @@
 namespace flash_attn2::sm90 {
 
 // A thread's accumulators of a (64 keys, queries) product lie in groups of four: queries (q, q + 1)
-// of key r, then of key r + 8. This thread's pairs of LSE or delta: number i for the group of
+// of key r, then of key r + 8. This thread's pairs of LSE or delta: (i) for the group of
 // accumulator i.
-__device__ __forceinline__ const float2* query_pairs(const float* row, int thread) {
-  return reinterpret_cast<const float2*>(row) + thread % 4;
-}
+struct LoadedPairs {
+  const float2* pairs;
+
+  __device__ __forceinline__ LoadedPairs(const float* row, int thread)
+      : pairs(reinterpret_cast<const float2*>(row) + thread % 4) {}
+  __device__ __forceinline__ float2 operator()(int i) const { return pairs[i]; }
+};
+
+// The same where registers are so scarce that pairs loaded ahead would spill: the 8 lanes that need
+// the same pairs load an eighth of them each, and pass them around when they are needed. Value k of
+// the pairs is with lane group k % 8.
+template <int kQueries>
+struct ShuffledPairs {
+  float values[kQueries / 32];
+  int quad;
+
+  __device__ __forceinline__ ShuffledPairs(const float* row, int thread) : quad(thread % 4) {
+    CUTE_UNROLL
+    for (int i = 0; i < kQueries / 32; ++i) {
+      const int k = thread % 32 / 4 + 8 * i;
+      values[i] = row[8 * (k / 2) + 2 * quad + k % 2];
+    }
+  }
+  __device__ __forceinline__ float value(int k) const {
+    return __shfl_sync(0xffffffffu, values[k / 8], k % 8 * 4 + quad);
+  }
+  __device__ __forceinline__ float2 operator()(int i) const {
+    return make_float2(value(i / 2), value(i / 2 + 1));
+  }
+};
 
 template <class Traits>
 struct RegisterConsumer : BackwardConsumer<Traits> {
@@ -28,6 +55,7 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
   using AccS = Accumulator<MmaS, kKeys, kTileM>;
   using AccDk = Accumulator<MmaDk, kKeys, kHeadDim>;
   using AccDv = Accumulator<MmaDv, kKeys, kHeadDimV>;
+  using LsePairs = std::conditional_t<kTileM == 128, ShuffledPairs<kTileM>, LoadedPairs>;
 
   // Of this consumer's S^T, inside the tile.
   __device__ __forceinline__ int first_key() const {
@@ -63,10 +91,10 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
       });
     }
     const float scale_log2 = arguments.params.softmax_scale * kLog2e;
-    const float2* lse = query_pairs(this->lse(step), thread);
+    const LsePairs lse(this->lse(step), thread);
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 4) {
-      const float2 pair = lse[i];
+      const float2 pair = lse(i);
       CUTE_UNROLL
       for (int j = 0; j < 4; ++j) {
         acc(i + j) = exp2f(acc(i + j) * scale_log2 - (j % 2 == 0 ? pair.x : pair.y));
@@ -78,10 +106,10 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
   template <class Probabilities>
   __device__ __forceinline__ void make_score_gradients(int step, const Probabilities& probabilities,
                                                        AccS& acc) const {
-    const float2* delta = query_pairs(this->delta(step), thread);
+    const LoadedPairs delta(this->delta(step), thread);
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 4) {
-      const float2 pair = delta[i];
+      const float2 pair = delta(i);
       const float4 p = probabilities(i);
       acc(i) = p.x * (acc(i) - pair.x);
       acc(i + 1) = p.y * (acc(i + 1) - pair.y);
