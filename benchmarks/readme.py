@@ -19,7 +19,7 @@ from .cases import UsageError
 BEGIN = "<!-- measured: `python -m benchmarks readme` writes from here -->"
 END = "<!-- measured: to here -->"
 
-FLASH, CUDNN = "torch[flash]", "torch[cudnn]"
+FLASH, CUDNN, FA3 = "torch[flash]", "torch[cudnn]", "flash-attn 3"
 # On Hopper cuDNN takes kernels of the kind of sm90's, which are no measure for sm80's.
 PEERS = {"sm80": (FLASH,)}
 ALL_PEERS = (CUDNN, FLASH)
@@ -148,7 +148,8 @@ def memory_lines(results: dict) -> list[list[str]]:
     return [figures_line(label, texts, results)]
 
 
-def graph_lines(results: dict) -> list[list[str]]:
+def mean_speeds(results: dict) -> dict[str, str]:
+    """{provider: its geometric mean of TFLOP/s in each section, over the cells that all have}."""
     means: dict[str, list[str]] = {}
     for direction, mode in report.sections(results):
         rows = report.select_rows(results, direction, mode)
@@ -157,9 +158,25 @@ def graph_lines(results: dict) -> list[list[str]]:
         for name, cells in rows.items():
             mean = report.geometric_mean(cells[key]["tflops"] for key in common)
             means.setdefault(name, []).append(f"{mean:.0f}")
-    directions = " / ".join(direction for direction, _ in report.sections(results))
-    label = f"CUDA-graph replays of the grid, {directions}, geometric mean of TFLOP/s"
-    return [figures_line(label, {k: " / ".join(v) for k, v in means.items()}, results)]
+    return {name: " / ".join(each) for name, each in means.items()}
+
+
+def directions(results: dict) -> str:
+    return " / ".join(direction for direction, _ in report.sections(results))
+
+
+def graph_lines(results: dict) -> list[list[str]]:
+    label = f"CUDA-graph replays of the grid, {directions(results)}, geometric mean of TFLOP/s"
+    return [figures_line(label, mean_speeds(results), results)]
+
+
+def fa3_lines(results: dict) -> list[list[str]]:
+    means = mean_speeds(results)
+    label = (
+        f"the grid beside FlashAttention-3, {directions(results)}, geometric mean of TFLOP/s "
+        f"(FlashAttention-3: {means[FA3]})"
+    )
+    return [figures_line(label, means, results)]
 
 
 def training_lines(results: dict) -> list[list[str]]:
@@ -177,6 +194,7 @@ def training_lines(results: dict) -> list[list[str]]:
 
 
 FIGURES = {
+    "attention-fa3": fa3_lines,
     "attention-graph": graph_lines,
     "training": training_lines,
     "accuracy": accuracy_lines,

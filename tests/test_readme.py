@@ -91,6 +91,17 @@ def test_figures_compare_what_all_have_measured(tmp_path):
     assert line[2] == f"{forward / 1.1:.0f} / {backward / 1.1:.0f}"
 
 
+def test_flash_attention_3_is_named_with_its_speeds():
+    results = synthetic_results(cases.grid([64], [512], [False]))
+    for row in results["rows"]:
+        if row["provider"] != OURS:
+            row["provider"] = readme.FA3
+    (line,) = readme.fa3_lines(results)
+    forward, backward = (row["tflops"] for row in results["rows"] if row["provider"] == OURS)
+    assert line[0].endswith(f"(FlashAttention-3: {forward / 1.1:.0f} / {backward / 1.1:.0f})")
+    assert line[1:4] == [f"sm80 {forward:.0f} / {backward:.0f}", "", ""]
+
+
 def test_a_failed_measurement_is_shown():
     environment = {"device": "GPU", "commit": None, "dirty": None}
     results = {"name": "training", "environment": environment, "rows": [
