@@ -22,18 +22,23 @@ struct BackwardConsumer {
   typename Traits::SharedStorage& smem;
   const BackwardWork<Traits> work;
   const int consumer;
-  // Inside the warpgroup. Its own lane's through a shuffle, which ptxas does not repeat: it would
-  // read the special register anew in every step, where that waits behind the additions to dQ.
+  // Inside the warpgroup.
   const int thread;
 
   __device__ __forceinline__ BackwardConsumer(const BackwardArguments& arguments,
                                               typename Traits::SharedStorage& smem,
                                               const BackwardWork<Traits>& work, int consumer)
-      : arguments(arguments),
-        smem(smem),
-        work(work),
-        consumer(consumer),
-        thread(__shfl_sync(0xffffffffu, threadIdx.x % kWarpGroupThreads, threadIdx.x % 32)) {}
+      : arguments(arguments), smem(smem), work(work), consumer(consumer), thread(own_thread()) {}
+
+  // Through a shuffle of its own lane's, which ptxas does not repeat: it would read the special
+  // register anew in every step, where that waits behind the additions to dQ. The bounds of it let
+  // ptxas make addresses anew instead of keeping them: that pays where it has no register to keep
+  // them in.
+  __device__ __forceinline__ static int own_thread() {
+    const unsigned thread =
+        __shfl_sync(0xffffffffu, threadIdx.x % kWarpGroupThreads, threadIdx.x % 32);
+    return Traits::kTileM == 128 ? thread % kWarpGroupThreads : thread;
+  }
 
   // Shared-memory tiles.
   __device__ __forceinline__ auto tile_k() const {

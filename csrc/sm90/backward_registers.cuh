@@ -28,11 +28,10 @@ struct ShuffledPairs {
   int quad;
 
   __device__ __forceinline__ ShuffledPairs(const float* row, int thread) : quad(thread % 4) {
+    const unsigned lane = unsigned(thread) % 32;
+    const float* first = row + (lane / 8 * 8 + lane / 4 % 2 + lane % 4 * 2);
     CUTE_UNROLL
-    for (int i = 0; i < kQueries / 32; ++i) {
-      const int k = thread % 32 / 4 + 8 * i;
-      values[i] = row[8 * (k / 2) + 2 * quad + k % 2];
-    }
+    for (int i = 0; i < kQueries / 32; ++i) values[i] = first[32 * i];
   }
   __device__ __forceinline__ float value(int k) const {
     return __shfl_sync(0xffffffffu, values[k / 8], k % 8 * 4 + quad);

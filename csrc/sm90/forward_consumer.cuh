@@ -47,7 +47,7 @@ struct ForwardConsumer {
   uint32_t q_parity = 0;
   AccO acc_out;
   P probabilities;
-  OverlappedSoftmax<kRows> softmax;
+  RowSoftmax<kRows> softmax;
 
   __device__ __forceinline__ ForwardConsumer(const ForwardArguments& arguments,
                                              typename Traits::TeamStorage& smem, int team,
@@ -97,12 +97,21 @@ struct ForwardConsumer {
     }
     auto scores = rows_columns(acc_s);
     float factor[kRows];
-    const bool grew = softmax.update(scores, factor, scale_log2);
+    bool grew = softmax.update_max(0, scores, factor[0], scale_log2);
+    if constexpr (Traits::kEarlyRow) softmax.exponentiate(0, scores, scale_log2);
+    grew |= softmax.update_max(1, scores, factor[1], scale_log2);
     if constexpr (!kFirst) {
-      finish_output(before);
-      auto out = rows_columns(acc_out);
-      if (grew) scale_rows(out, factor);
+      // A wait in each branch: ptxas moves one before them above the maxima.
+      if (__any_sync(0xffffffffu, grew)) {
+        finish_output(before);
+        auto out = rows_columns(acc_out);
+        scale_rows(out, factor);
+      } else {
+        finish_output(before);
+      }
     }
+    if constexpr (!Traits::kEarlyRow) softmax.exponentiate(0, scores, scale_log2);
+    softmax.exponentiate(1, scores, scale_log2);
     round_to(acc_s, probabilities);
     ++ring.use;
   }
@@ -219,7 +228,7 @@ struct ForwardConsumer {
   __device__ __forceinline__ void run_tile(const ForwardTile& tile) {
     const int row_begin = tile.row_begin + group * kGroupRows;
     clear(acc_out);
-    softmax = OverlappedSoftmax<kRows>();
+    softmax = RowSoftmax<kRows>();
     smem.barriers.q_full[group].wait(q_parity);
     q_parity ^= 1;
     const BlockRange blocks = visible.key_blocks(row_begin, kGroupRows, kTileN);
