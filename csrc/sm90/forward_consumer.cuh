@@ -96,22 +96,25 @@ struct ForwardConsumer {
       });
     }
     auto scores = rows_columns(acc_s);
-    float factor[kRows];
-    bool grew = softmax.update_max(0, scores, factor[0], scale_log2);
-    if constexpr (Traits::kEarlyRow) softmax.exponentiate(0, scores, scale_log2);
-    grew |= softmax.update_max(1, scores, factor[1], scale_log2);
-    if constexpr (!kFirst) {
-      // A wait in each branch: ptxas moves one before them above the maxima.
-      if (__any_sync(0xffffffffu, grew)) {
-        finish_output(before);
-        auto out = rows_columns(acc_out);
-        scale_rows(out, factor);
-      } else {
-        finish_output(before);
-      }
+    float factor[kRows], row_sum[kRows];
+    bool grew = softmax.update_max(0, scores);
+    if constexpr (Traits::kEarlyRow) {
+      row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
+      asm volatile("" : "+f"(row_sum[0]));  // not later
     }
-    if constexpr (!Traits::kEarlyRow) softmax.exponentiate(0, scores, scale_log2);
-    softmax.exponentiate(1, scores, scale_log2);
+    grew |= softmax.update_max(1, scores);
+    grew = __any_sync(0xffffffffu, grew);
+    // This branch also keeps ptxas from waiting for P V before the maxima.
+    if (grew) softmax.rescale(factor, scale_log2);
+    if constexpr (!kFirst) {
+      finish_output(before);
+      auto out = rows_columns(acc_out);
+      if (grew) scale_rows(out, factor);
+    }
+    if constexpr (!Traits::kEarlyRow) row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
+    row_sum[1] = softmax.exponentiate(1, scores, scale_log2);
+    CUTE_UNROLL
+    for (int i = 0; i < kRows; ++i) softmax.add(i, row_sum[i]);
     round_to(acc_s, probabilities);
     ++ring.use;
   }
