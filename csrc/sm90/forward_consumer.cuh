@@ -100,7 +100,7 @@ struct ForwardConsumer {
     bool grew = softmax.update_max(0, scores);
     if constexpr (Traits::kEarlyRow) {
       row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
-      asm volatile("" : "+f"(row_sum[0]));  // not later
+      asm volatile("" : "+f"(row_sum[0]));  // else the compiler moves them behind the wait
     }
     grew |= softmax.update_max(1, scores);
     grew = __any_sync(0xffffffffu, grew);
