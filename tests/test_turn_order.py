@@ -1,5 +1,6 @@
 """The order in which key blocks add to dQ in deterministic mode (csrc/core/turn_order.h)."""
 
+import heapq
 import random
 
 import pytest
@@ -23,7 +24,7 @@ def draw_walks(rng: random.Random, mask: str) -> tuple[list, int]:
     left, right = MASKS[mask](rng, seqlen_q, seqlen_k)
     tile_m, tile_n = rng.choice((64, 128)), rng.choice((64, 128))
     walks = ops.EXTENSION.turn_order(
-        seqlen_q, seqlen_k, left, right, tile_m, tile_n, group, head=rng.randrange(5)
+        seqlen_q, seqlen_k, left, right, tile_m, tile_n, group, head=rng.randrange(5), heads=5
     )
     return walks, group
 
@@ -94,11 +95,101 @@ def test_nobody_waits_where_the_heads_follow_each_other_in_rounds(key_blocks):
     walks = []
     for head in range(heads):
         order = ops.EXTENSION.turn_order(
-            query_blocks * 64, key_blocks * 80, -1, -1, 64, 80, resident, head=head
+            query_blocks * 64, key_blocks * 80, -1, -1, 64, 80, resident, head=head, heads=heads
         )
         walks += [[((head, block), turn) for block, turn in walk] for walk in order]
     rounds = -(-heads * key_blocks // resident)
     assert rounds_to_finish(walks, resident) <= rounds * query_blocks + rounds
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_walks_end_where_the_last_heads_go_side_by_side(mask, seed):
+    rng = random.Random(seed)
+    for _ in range(20):
+        seqlen_q, seqlen_k = rng.randint(1, 1000), rng.randint(1, 1000)
+        left, right = MASKS[mask](rng, seqlen_q, seqlen_k)
+        resident, heads = rng.randint(1, 20), rng.randint(1, 8)
+        key_blocks = -(-seqlen_k // 64)
+        tail_heads = min(-(-resident // key_blocks) + 1, heads)
+        orders = [
+            ops.EXTENSION.turn_order(
+                seqlen_q, seqlen_k, left, right, 64, 64, resident, head, heads, tail_heads
+            )
+            for head in range(heads)
+        ]
+        walks = [
+            [((head, query_block), turn) for query_block, turn in orders[head][block]]
+            for block, head in ops.EXTENSION.backward_order(key_blocks, heads, tail_heads)
+        ]
+        assert rounds_to_finish(walks, resident) is not None
+
+
+def test_every_key_block_of_every_head_has_a_thread_block(seed):
+    rng = random.Random(seed)
+    for _ in range(200):
+        key_blocks, heads = rng.randint(1, 20), rng.randint(1, 20)
+        tail = rng.randint(0, heads)
+        order = ops.EXTENSION.backward_order(key_blocks, heads, tail)
+        one_by_one = [(block, head) for head in range(heads - tail) for block in range(key_blocks)]
+        side_by_side = [
+            (block, head) for block in range(key_blocks) for head in range(heads - tail, heads)
+        ]
+        assert order == one_by_one + side_by_side
+
+
+def busiest_over_mean(lengths: list, multiprocessors: int) -> float:
+    """Of a grid whose thread blocks start in order, each where one ended first."""
+    ends = [0.0] * multiprocessors
+    for length in lengths:
+        heapq.heapreplace(ends, ends[0] + length)
+    return max(ends) * multiprocessors / sum(lengths)
+
+
+@pytest.mark.parametrize("seqlen", [1024, 2048, 4096, 8192])
+def test_a_causal_grid_ends_at_the_same_time_everywhere(seqlen):
+    """16 thousand tokens, hidden size 2048, head_dim 128, on an H200."""
+    heads, multiprocessors = 16, 132
+    plan = ops.EXTENSION.plan(
+        "backward", 16384 // seqlen, seqlen, seqlen, heads, heads, 128, 128, window_right=0
+    )
+    if plan["kernel"] is None:
+        pytest.skip("no kernel for head_dim 128 in this build")
+    tile_m, tile_n = plan["tile_m"], plan["tile_n"]
+    key_blocks, heads = -(-seqlen // tile_n), heads * 16384 // seqlen
+
+    def measure(tail_heads):
+        order = ops.EXTENSION.backward_order(key_blocks, heads, tail_heads)
+        lengths = [(seqlen - block * tile_n) // tile_m + 3 for block, _ in order]
+        return busiest_over_mean(lengths, multiprocessors)
+
+    assert measure(plan["tail_heads"]) < 1.03 < 1.05 < measure(0)
+
+
+def test_the_plan_lets_the_heads_of_the_last_round_go_side_by_side():
+    def tail_heads(batch, seqlen, left, right):
+        plan = ops.EXTENSION.plan(
+            "backward",
+            batch,
+            seqlen,
+            seqlen,
+            4,
+            4,
+            128,
+            128,
+            window_left=left,
+            window_right=right,
+        )
+        if plan["kernel"] is None:
+            pytest.skip("no kernel for head_dim 128 in this build")
+        assert plan["tail_heads"] <= plan["dq_lag"]  # see plan_heads
+        key_blocks = -(-seqlen // plan["tile_n"])
+        return plan["tail_heads"], min(-(-132 // key_blocks) + 1, 4 * batch)
+
+    for batch, seqlen in ((1, 128), (16, 1024), (2, 4096), (8, 4096), (1, 2**20)):
+        got, expected = tail_heads(batch, seqlen, -1, 0)
+        assert got == expected
+        assert tail_heads(batch, seqlen, -1, -1)[0] == 0
+        assert tail_heads(batch, seqlen, 100, 0)[0] == 0
 
 
 def test_the_plan_makes_groups_that_run_side_by_side():

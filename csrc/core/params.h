@@ -39,7 +39,7 @@ struct ForwardParams {
   TensorView q, k, v, out;
   float* lse = nullptr;  // (batch, heads_q, seqlen_q), contiguous
   float softmax_scale = 1.f;
-  int heads_per_group = 1;  // see core/schedule.cuh: heads whose K/V share the L2 cache
+  int heads_per_group = 1;  // see core/schedule.h: heads whose K/V share the L2 cache
 };
 
 struct BackwardParams {
@@ -60,10 +60,12 @@ struct BackwardParams {
   int* dq_added = nullptr;  // (batch, heads_k), likewise dq_converted; see sm90/dq_accumulator.cuh
   int* dq_converted = nullptr;
   int* dq_turn = nullptr;  // (batch, heads_q, seqlen_q_rounded / tile_m); null: unordered adds
-  int* ticket = nullptr;   // one counter that hands out column blocks when dq_turn is used
+  int* ticket = nullptr;   // sm80: one counter that hands out column blocks when dq_turn is used
 
   int dq_slots = 1;  // KV heads that have a place in dq_accum, which they take in turn
   int dq_lag = 0;  // a thread block converts dQ of the KV head that comes this many before its own
+
+  int tail_heads = 0;  // KV heads at the end whose key blocks go side by side, see core/schedule.h
 
   // See turn_order.h.
   int turn_group = 1;            // key blocks that run, and take turns, side by side

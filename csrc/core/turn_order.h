@@ -16,6 +16,8 @@
 //     length, so that the key blocks of all heads start in rounds of `group`: those of a head that
 //     start in one round are a group, or some would wait for others that start a walk later.
 //
+// Where heads go side by side (tail_heads), each has its share of the room, and walks upwards.
+//
 // A block waits only for blocks of earlier groups, or for steps of its own group that come earlier
 // (by head, step and r, or by the order of the keys), so none waits for itself in a circle.
 #pragma once
@@ -39,7 +41,13 @@ struct TurnOrder {
         group(params.turn_group),
         around(visible.left < 0 && visible.right < 0),
         downwards(!around && params.turns_alternate && head % 2 == 1),
-        shift(around ? unsigned(head) * key_blocks % group : 0) {}  // no overflow: see the plan
+        shift(around ? unsigned(head) * key_blocks % group : 0) {  // no overflow: see the plan
+    const int heads = params.shape.batch * params.shape.heads_k;
+    if (head >= heads - params.tail_heads) {
+      group = group > params.tail_heads ? group / params.tail_heads : 1;
+      downwards = false;
+    }
+  }
 
   // Key blocks of the group that `key_block` is in.
   FLASH_ATTN2_HOST_DEVICE BlockRange group_of(int key_block) const {

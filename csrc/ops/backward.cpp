@@ -51,6 +51,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   params.softmax_scale = scaled.scale;
   params.dq_slots = plan.dq_slots;
   params.dq_lag = plan.dq_lag;
+  params.tail_heads = plan.tail_heads;
   params.turn_group = plan.turn_group;
   params.turns_alternate = plan.turns_alternate;
   carve_workspace(params, workspace.mutable_data_ptr(), plan.workspace);

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "../core/schedule.h"
 #include "../core/turn_order.h"
 #include "../plan/plan.h"
 #include "device.h"
@@ -108,6 +109,7 @@ py::dict plan_to_dict(const Problem& problem, const DeviceLimits& device) {
   result["heads_per_group"] = plan.heads_per_group;
   result["dq_slots"] = plan.dq_slots;
   result["dq_lag"] = plan.dq_lag;
+  result["tail_heads"] = plan.tail_heads;
   result["turn_group"] = plan.turn_group;
   result["turns_alternate"] = plan.turns_alternate;
   result["window_left"] = problem.window.left;
@@ -138,13 +140,24 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t seqlen_q, int
   return plan_to_dict(problem, find_device(gpu));
 }
 
+// For every thread block of the backward the (key block, head) it works on.
+std::vector<std::pair<int, int>> backward_order(int key_blocks, int heads, int tail_heads) {
+  std::vector<std::pair<int, int>> order;
+  for (int index = 0; index < key_blocks * heads; ++index) {
+    const TileCoord tile = backward_tile(index, key_blocks, heads, 1, tail_heads);
+    order.emplace_back(tile.block, tile.head);
+  }
+  return order;
+}
+
 // For every key block of one head its walk over query blocks: pairs (query block, turn).
 std::vector<std::vector<std::pair<int, int>>> turn_order(int64_t seqlen_q, int64_t seqlen_k,
                                                          int64_t window_left, int64_t window_right,
                                                          int tile_m, int tile_n, int group,
-                                                         int head) {
+                                                         int head, int heads, int tail_heads) {
   BackwardParams params;
-  params.shape = make_shape(1, seqlen_q, seqlen_k, 1, 1, 64, 64);
+  params.shape = make_shape(1, seqlen_q, seqlen_k, heads, heads, 64, 64);
+  params.tail_heads = tail_heads;
   params.window = make_window(window_left, window_right, params.shape);
   params.turn_group = group;
   params.turns_alternate = true;
@@ -203,7 +216,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "block the query blocks that it visits, in order, each with the number of key blocks that "
         "add to its dQ before. Odd heads go downwards, as they do where the plan lets them.",
         py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
-        py::arg("tile_m"), py::arg("tile_n"), py::arg("group"), py::arg("head") = 0);
+        py::arg("tile_m"), py::arg("tile_n"), py::arg("group"), py::arg("head") = 0,
+        py::arg("heads") = 1, py::arg("tail_heads") = 0);
+  m.def("backward_order", &backward_order,
+        "The (key block, head) of every thread block of the backward, by index "
+        "(csrc/core/schedule.h).",
+        py::arg("key_blocks"), py::arg("heads"), py::arg("tail_heads"));
   m.def(
       "force_family",
       [](const std::string& family) {

@@ -217,11 +217,17 @@ bool ring_pays(const KernelRow& row, const Problem& problem) {
 // Where dQ is converted on the way: thread blocks whose index is lower by a whole round of the GPU
 // have mostly ended, so that what they added can be converted; and one round later that has been
 // done, too. Else all KV heads have a slot, and the post-process converts them.
-void plan_dq(Plan& plan, const Problem& problem, const DeviceLimits& device) {
+//
+// Where key blocks differ in length, the heads of the last round go side by side. No more than
+// that: a thread block waits only for heads that come a lag before, and those must not be in the
+// tail, too.
+void plan_heads(Plan& plan, const Problem& problem, const DeviceLimits& device) {
   const KernelRow& row = *plan.row;
   const int64_t heads = int64_t{problem.shape.batch} * problem.shape.heads_k;
   const int64_t key_blocks = std::max<int64_t>(ceil_div(problem.shape.seqlen_k, row.tile_n), 1);
-  const int64_t lag = ring_pays(row, problem) ? ceil_div(device.sm_count, key_blocks) + 1 : heads;
+  const int64_t round = ceil_div(device.sm_count, key_blocks) + 1;
+  const int64_t lag = ring_pays(row, problem) ? round : heads;
+  if (!tiles_are_equal(problem.window)) plan.tail_heads = static_cast<int>(std::min(round, heads));
   plan.dq_lag = static_cast<int>(std::min(lag, heads));
   plan.dq_slots = static_cast<int>(std::min(2 * lag, heads));
 }
@@ -344,7 +350,7 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
   } else {
     plan.launch.grid =
         count_blocks("seqlen_k", shape.seqlen_k, row.tile_n, int64_t{shape.batch} * shape.heads_k);
-    plan_dq(plan, problem, device);
+    plan_heads(plan, problem, device);
     plan.workspace = lay_out(row, problem, plan.dq_slots);
     if (problem.deterministic) {
       plan.turn_group = turn_group(row, shape, device);

@@ -49,6 +49,7 @@ struct Plan {
   Workspace workspace;      // backward
   int dq_slots = 1;         // backward: see sm90/dq_accumulator.cuh
   int dq_lag = 0;
+  int tail_heads = 0;  // see core/schedule.h
   int turn_group = 1;  // deterministic backward: see core/turn_order.h
   bool turns_alternate = false;
 };

@@ -2,7 +2,7 @@
 // problem.
 #pragma once
 
-#include "../core/schedule.cuh"
+#include "../core/schedule.h"
 #include "gemm.cuh"
 
 namespace flash_attn2::sm80 {
@@ -111,7 +111,7 @@ struct KeyBlock {
       : params(params),
         visible(params.shape, params.window),
         coord(backward_tile(index, ceil_div(params.shape.seqlen_k, Traits::kTileN),
-                            params.shape.heads_k)),
+                            params.shape.heads_k, params.shape.batch, params.tail_heads)),
         key_begin(coord.block * Traits::kTileN) {}
 
   // Index of the step's query block among those of all heads: its tile of the dQ accumulator; times

@@ -4,7 +4,7 @@
 // output never leave a warp's registers.
 #pragma once
 
-#include "../core/schedule.cuh"
+#include "../core/schedule.h"
 #include "../core/softmax.cuh"
 #include "gemm.cuh"
 #include "mask.cuh"

@@ -73,12 +73,17 @@ __device__ __forceinline__ void arrive_as_warp(Barrier& barrier, int thread) {
   if (thread % 32 == 0) barrier.arrive();
 }
 
-// The same for a word that the barrier's waiter overwrites: read by the lane that arrives, as
+// The query tile of a step, for the consumers: its first row, and its place in dQ's accumulator.
+struct alignas(8) QueryTile {
+  int row_begin, sums;
+};
+
+// The same for words that the barrier's waiter overwrites: read by the lane that arrives, as
 // racecheck does not follow other lanes' reads to it.
-__device__ __forceinline__ int read_as_warp(const int& word, int thread) {
-  int value = 0;
-  if (thread % 32 == 0) value = word;
-  return __shfl_sync(0xffffffffu, value, 0);
+__device__ __forceinline__ QueryTile read_as_warp(const QueryTile& tile, int thread) {
+  QueryTile read{0, 0};
+  if (thread % 32 == 0) read = tile;
+  return {__shfl_sync(0xffffffffu, read.row_begin, 0), __shfl_sync(0xffffffffu, read.sums, 0)};
 }
 
 // Named barriers; 0 is __syncthreads.

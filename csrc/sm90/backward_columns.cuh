@@ -17,7 +17,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
   using Base::arguments, Base::smem, Base::work, Base::consumer, Base::thread;
   using Base::Base, Base::kTileM, Base::kTileN, Base::kHeadDim, Base::kHeadDimV, Base::kKeys;
   using typename Base::AccDq, typename Base::Element, typename Base::Scores;
-  static_assert(kTileM == 64);
+  static_assert(kTileM == 64 && Traits::kDqParts == 2);
   static constexpr int kColumns = Traits::kColumns, kColumnsV = Traits::kColumnsV;
   using MmaS = SmemMma<Element, kTileM, kKeys, Major::K, Major::K>;  // S, dP
   using MmaDkv = SmemMma<Element, 64, kTileN, Major::MN, Major::K>;  // dK^T, dV^T
@@ -55,8 +55,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
   }
 
   // The rest of B2: P = exp2(S * scale - L), in place and to shared memory.
-  __device__ __forceinline__ void finish_scores(int step, AccS& acc) const {
-    const int row_begin = this->first_row(step);
+  __device__ __forceinline__ void finish_scores(int step, int row_begin, AccS& acc) const {
     const int key_begin = recompute(work.key_begin) + first_key();
     const VisibleKeys visible(arguments.params.shape, arguments.params.window);
     if (visible.tile_needs_mask(row_begin, kTileM, key_begin, kKeys)) {
@@ -119,49 +118,44 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     start_gemm<MmaDkv, Accumulate::kYes>(q, ds, acc_dk);
   }
 
-  // B3 to B7 of a step whose P is in `acc_p`, and, except in the last, B2 of the next one. What is
-  // added to dQ holds up the warp's accesses to shared memory until it has left the SM, so that
-  // products with nothing between them follow.
-  template <bool kLast>
-  __device__ __forceinline__ void take(int step, AccS& acc_p) {
-    AccS acc_ds;
+  // B2 to B7 for one query tile. What is added to dQ leaves the SM slowly. Until then it holds up
+  // the warp's accesses to shared memory and whoever writes a register that it comes from, so each
+  // part is added where products wait in line: dV and dK, then S and dP of the next step. `target`
+  // is carried from step to step, as registers of its own are never in the way.
+  __device__ __forceinline__ void take(int step, int& tile, float*& target) {
+    AccS acc_p, acc_ds;
     AccDq acc_dq;
+    start_scores(step, acc_p);
     start_dp(step, acc_ds);
-    start_dv(step);
-    finish_gemm<1>(acc_ds);
+    const QueryTile at = this->query_tile(step);
+    finish_gemm<1>(acc_p);
+    finish_scores(step, at.row_begin, acc_p);
+    finish_gemm<0>(acc_ds);
     make_score_gradients(step, acc_p, acc_ds);
-    const int tile = this->tile_of_sums(step);
     this->wait_for_ds(step);
     this->start_dq(step, 0, acc_dq);
-    if constexpr (!kLast) start_scores(step + 1, acc_p);
+    start_dv(step);
     start_dk(step);
-    finish_gemm<kLast ? 1 : 2>(acc_dv, acc_dq);
+    target += int64_t(at.sums - tile) * Traits::kDqElements;
+    tile = at.sums;
+    finish_gemm<2>(acc_dq);
+    this->add_dq(step, target, 0, acc_dq);
+    finish_gemm<1>(acc_dv);
     this->release_dout(step);
-    this->add_dq(step, tile, 0, acc_dq);
-    if constexpr (!kLast) {
-      finish_gemm<1>(acc_p);
-      finish_scores(step + 1, acc_p);
-    }
-    CUTE_UNROLL
-    for (int dq_part = 1; dq_part < Traits::kDqParts; ++dq_part) {
-      this->start_dq(step, dq_part, acc_dq);
-      finish_gemm<0>(acc_dq);
-      this->add_dq(step, tile, dq_part, acc_dq);
-    }
-    finish_gemm<0>(acc_dk);
+    this->start_dq(step, 1, acc_dq);
+    finish_gemm<1>(acc_dk);
     this->release_q(step);
+    finish_gemm<0>(acc_dq);
+    this->add_dq(step, target, 1, acc_dq);
   }
 
   __device__ __forceinline__ void walk() {
-    AccS acc_p;
     smem.barriers.k_full.wait(0);
-    start_scores(0, acc_p);
-    finish_gemm<0>(acc_p);
-    finish_scores(0, acc_p);
     smem.barriers.v_full.wait(0);
+    int tile = 0;
+    float* target = this->dq_target(tile);
     CUTE_NO_UNROLL
-    for (int step = 0; step < work.steps - 1; ++step) take<false>(step, acc_p);
-    take<true>(work.steps - 1, acc_p);
+    for (int step = 0; step < work.steps; ++step) take(step, tile, target);
   }
 
   // B8. acc: (columns, keys).

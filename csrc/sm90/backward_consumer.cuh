@@ -81,11 +81,8 @@ struct BackwardConsumer {
     smem.barriers.ds_full[ring.stage()].wait(ring.parity());
   }
   // The step's query tile, after wait_for_q and before release_q.
-  __device__ __forceinline__ int first_row(int step) const {
-    return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()].row_begin, thread);
-  }
-  __device__ __forceinline__ int tile_of_sums(int step) const {
-    return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()].sums, thread);
+  __device__ __forceinline__ QueryTile query_tile(int step) const {
+    return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()], thread);
   }
   // The buffers of Q (and L) or of dO (and D) of a step are no longer needed.
   __device__ __forceinline__ void release_q(int step) const {
@@ -104,13 +101,17 @@ struct BackwardConsumer {
         transposed(tile_k()), Traits::kSplitDqRows ? 0 : index, 0));
     start_gemm<MmaDq, Accumulate::kNo>(ds, k, acc);
   }
-  // `tile`: tile_of_sums of the step.
-  __device__ __forceinline__ void add_dq(int step, int tile, int dq_part, const AccDq& acc) const {
-    const BackwardParams& params = arguments.params;
-    const bool ordered = params.dq_turn != nullptr;
+  // Where this thread's part of it is summed. `tile`: the step's QueryTile::sums.
+  __device__ __forceinline__ float* dq_target(int tile) const {
+    return arguments.params.dq_accum + int64_t(tile) * Traits::kDqElements +
+           (consumer * Traits::kDqParts * Traits::kDqPartElements + thread * 4);
+  }
+  // `target`: dq_target of the step.
+  __device__ __forceinline__ void add_dq(int step, float* target, int dq_part,
+                                         const AccDq& acc) const {
+    const bool ordered = arguments.params.dq_turn != nullptr;
     if (ordered && dq_part == 0) smem.barriers.turn_come.wait(step & 1);
-    add_to_dq(params.dq_accum + int64_t(tile) * Traits::kDqElements, acc,
-              consumer * Traits::kDqParts + dq_part, thread);
+    add_to_dq(target + dq_part * Traits::kDqPartElements, acc);
     if (ordered && dq_part == Traits::kDqParts - 1) arrive_as_warp(smem.barriers.turn_used, thread);
   }
 

@@ -14,9 +14,8 @@
 
 namespace flash_attn2::sm90 {
 
-// A thread block's place in the grid is its index. Where dQ is summed in a fixed order, blocks draw
-// their place from a counter instead: a block then only ever waits for blocks that have already
-// started.
+// A thread block waits only for ones of lower index, which the GPU starts first, or, where dQ is
+// summed in a fixed order, of its own group, for all of which there is room (core/turn_order.h).
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardArguments arguments) {
@@ -25,17 +24,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const BackwardParams& params = arguments.params;
   const bool ordered = params.dq_turn != nullptr;
   let_next_kernel_start();
-  if (threadIdx.x == 0) {
-    smem.barriers.init();
-    if (ordered) {
-      wait_for_previous_kernel();  // which zeroes the counter
-      smem.index = atomicAdd(params.ticket, 1);
-    }
-  }
+  if (threadIdx.x == 0) smem.barriers.init();
   __syncthreads();
-  // A shuffle tells the compiler that all threads have the same: loop counters and descriptors can
-  // then stay in uniform registers.
-  const unsigned index = __shfl_sync(0xffffffffu, ordered ? smem.index : blockIdx.x, 0);
+  const unsigned index = blockIdx.x;
   const int group = cutlass::canonical_warp_group_idx();
   // The work is made after setmaxnreg, so that it takes registers of the new share.
   if (group == 0) {

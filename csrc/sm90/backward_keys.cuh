@@ -11,6 +11,11 @@ struct KeysConsumer : RegisterConsumer<Traits> {
   using Base::Base, Base::smem, Base::work;
   using typename Base::AccDq, typename Base::AccS, typename Base::Element;
 
+  // A thread's values of dS, and those of them that are made before dQ and dV are started; the
+  // rest runs under these two. The longer queue of d64 only: its dK and dV leave registers for it.
+  static constexpr int kValues = size(AccS{});
+  static constexpr int kEarlyGradients = Traits::kTileM == 128 ? kValues * 5 / 8 : kValues;
+
   typename Base::AccDk acc_dk;
   typename Base::AccDv acc_dv;
 
@@ -21,27 +26,31 @@ struct KeysConsumer : RegisterConsumer<Traits> {
     AccS acc_p, acc_ds;
     this->start_scores(step, acc_p);
     this->start_dp(step, acc_ds);
-    const int tile = this->tile_of_sums(step);
-    finish_gemm<1>(acc_p);
+    const int tile = this->query_tile(step).sums;
+    finish_gemm<0>(acc_p, acc_ds);
     this->make_probabilities(step, acc_p);
-    finish_gemm<0>(acc_ds);
-    this->make_score_gradients(
-        step,
-        [&](int i) { return make_float4(acc_p(i), acc_p(i + 1), acc_p(i + 2), acc_p(i + 3)); },
-        acc_ds);
+    const auto probabilities = [&](int i) {
+      return make_float4(acc_p(i), acc_p(i + 1), acc_p(i + 2), acc_p(i + 3));
+    };
+    this->template make_score_gradients<0, kEarlyGradients>(step, probabilities, acc_ds);
     auto p = to_operand_a<Element, typename Base::MmaDv>(acc_p);
-    auto ds = to_operand_a<Element, typename Base::MmaDk>(acc_ds);
     AccDq acc_dq;
     if constexpr (!kFirst) {
       this->wait_for_ds(step - 1);
       this->start_dq(step - 1, 0, acc_dq);
     }
     this->start_dv(p, step, acc_dv);
+    CUTE_UNROLL
+    for (int i = kEarlyGradients; i < size(acc_ds); ++i) {
+      asm volatile("" : "+f"(acc_ds(i)));  // else the compiler moves the rest to the first part
+    }
+    this->template make_score_gradients<kEarlyGradients, kValues>(step, probabilities, acc_ds);
+    auto ds = to_operand_a<Element, typename Base::MmaDk>(acc_ds);
     this->store_score_gradients(ds, step);
     this->start_dk(ds, step, acc_dk);
     if constexpr (!kFirst) {
       finish_gemm<2>(acc_dq);
-      this->add_dq(step - 1, last_tile, 0, acc_dq);
+      this->add_dq(step - 1, this->dq_target(last_tile), 0, acc_dq);
     }
     finish_gemm<0>(acc_dv, acc_dk);
     this->release_q(step);
@@ -59,7 +68,7 @@ struct KeysConsumer : RegisterConsumer<Traits> {
     this->wait_for_ds(work.steps - 1);
     this->start_dq(work.steps - 1, 0, acc_dq);
     finish_gemm<0>(acc_dq);
-    this->add_dq(work.steps - 1, tile, 0, acc_dq);
+    this->add_dq(work.steps - 1, this->dq_target(tile), 0, acc_dq);
   }
 
   __device__ __forceinline__ void run() {

@@ -90,6 +90,7 @@ struct BackwardProducer {
   __device__ __forceinline__ void take_turns() const {
     const BackwardParams& params = arguments.params;
     const TurnOrder order(params, Traits::kTileM, Traits::kTileN, work.kv_head(params));
+    wait_for_previous_kernel();  // which zeroes the counters
     QueryStep at = QueryStep::first(work);
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
@@ -102,6 +103,7 @@ struct BackwardProducer {
 
   // Tells the next key block when a step's turn is over.
   __device__ __forceinline__ void pass_turns() const {
+    wait_for_previous_kernel();
     QueryStep at = QueryStep::first(work);
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps; ++step, at = at.next(work)) {

@@ -78,7 +78,7 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
 
   // The rest of B2: P^T = exp2(S^T * scale - L), in place.
   __device__ __forceinline__ void make_probabilities(int step, AccS& acc) const {
-    const int row_begin = this->first_row(step);
+    const int row_begin = this->query_tile(step).row_begin;
     const int key_begin = recompute(work.key_begin) + first_key();
     const VisibleKeys visible(arguments.params.shape, arguments.params.window);
     if (visible.tile_needs_mask(row_begin, kTileM, key_begin, kKeys)) {
@@ -101,13 +101,14 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
     }
   }
 
-  // B4: dS^T = P^T (dP^T - D), in place of dP^T. probabilities(i): P^T's values i to i + 3.
-  template <class Probabilities>
+  // B4: dS^T = P^T (dP^T - D), in place of dP^T, of a thread's values kBegin to kEnd.
+  // probabilities(i): P^T's values i to i + 3.
+  template <int kBegin, int kEnd, class Probabilities>
   __device__ __forceinline__ void make_score_gradients(int step, const Probabilities& probabilities,
                                                        AccS& acc) const {
     const LoadedPairs delta(this->delta(step), thread);
     CUTE_UNROLL
-    for (int i = 0; i < size(acc); i += 4) {
+    for (int i = kBegin; i < kEnd; i += 4) {
       const float2 pair = delta(i);
       const float4 p = probabilities(i);
       acc(i) = p.x * (acc(i) - pair.x);

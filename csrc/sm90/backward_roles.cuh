@@ -26,7 +26,7 @@ struct RoleConsumer : RegisterConsumer<Traits> {
   // B7, which is under way.
   __device__ __forceinline__ void finish_dq(int step, int tile, AccDq& acc_dq) const {
     finish_gemm<0>(acc_dq);
-    this->add_dq(step, tile, 0, acc_dq);
+    this->add_dq(step, this->dq_target(tile), 0, acc_dq);
   }
 };
 
@@ -43,7 +43,7 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
   // one by its dS (wait_for_ds). Returns the index of the query tile.
   __device__ __forceinline__ int finish_scores(int step, AccS& acc) const {
     this->make_probabilities(step, acc);
-    const int tile = this->tile_of_sums(step);
+    const int tile = this->query_tile(step).sums;
     this->release_q(step);
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 4) {
@@ -109,7 +109,8 @@ struct GradientConsumer : RoleConsumer<Traits> {
   template <bool kLast>
   __device__ __forceinline__ void take(int step, AccS& acc) {
     wait_for_p();
-    this->make_score_gradients(step, [&](int i) { return this->shared_p(i); }, acc);
+    this->template make_score_gradients<0, size(AccS{})>(
+        step, [&](int i) { return this->shared_p(i); }, acc);
     this->release_dout(step);
     auto ds = to_operand_a<Element, typename Base::MmaDk>(acc);
     this->store_score_gradients(ds, step);
@@ -124,7 +125,7 @@ struct GradientConsumer : RoleConsumer<Traits> {
     } else {
       finish_gemm<1>(acc_dk, acc);
     }
-    const int tile = this->tile_of_sums(step);
+    const int tile = this->query_tile(step).sums;
     this->release_q(step);
     this->finish_dq(step, tile, acc_dq);
   }

@@ -1,7 +1,7 @@
 // Types, shared memory and work of one sm90 backward kernel.
 #pragma once
 
-#include "../core/schedule.cuh"
+#include "../core/schedule.h"
 #include "../core/softmax.cuh"
 #include "../core/turn_order.h"
 #include "backward_barriers.h"
@@ -15,11 +15,6 @@ enum class ConsumerSplit {
   kColumns,  // half of the keys of P and dS, half of the columns of dK and dV, see
              // backward_columns.cuh
   kRoles,    // the same 64 keys, one makes P and dV, the other dS and dK, see backward_roles.cuh
-};
-
-// The query tile of a step, for the consumers: its first row, and its place in dQ's accumulator.
-struct QueryTile {
-  int row_begin, sums;
 };
 
 template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, ConsumerSplit kSplit_,
@@ -59,9 +54,9 @@ struct BackwardTraits {
   static_assert(kDqRows == 64);
 
   // Buffers of dS (kColumns: and of P). A consumer writes that of step n when it knows that the
-  // other one has stored dS of step n - 1 (kKeys) or P of step n (kColumns, kRoles), or, before it
-  // writes P of step n, P of step n - 1. The other one has then finished dQ of step n - 3, which
-  // ran one step late, or of step n - 2, and dV of step n - 2.
+  // other one has stored dS of step n - 1 (kKeys), P of step n - 1 (kColumns) or P of step n
+  // (kRoles). The other one has then finished dQ of step n - 3, which ran one step late, or all of
+  // step n - 2.
   static constexpr int kScoreBuffers = kSplit == ConsumerSplit::kKeys ? 3 : 2;
   static constexpr int kDsArrivals =
       kSplit == ConsumerSplit::kRoles ? kWarpGroupThreads : kConsumers * kWarpsPerGroup;
@@ -87,7 +82,6 @@ struct BackwardTraits {
     alignas(128) float delta[kDoutStages][kTileM];
     BackwardBarriers<kStages, kDoutStages, kScoreBuffers, kDsArrivals> barriers;
     QueryTile tile[kStages];  // that Q's stage holds
-    int index;                // the thread block's place in the grid
     // A part of dQ that is being converted.
     alignas(1024) Element dq[kDqRing ? kDqPartElements : 1];
     alignas(128) float dq_sums[kDqRing ? kDqPartElements : 1];
@@ -120,6 +114,13 @@ __device__ __forceinline__ int tiles_before_slots(const BackwardParams& params, 
   return head / params.dq_slots * params.dq_slots * query_tiles<Traits>(params);
 }
 
+// The key block and KV head of a thread block.
+template <class Traits>
+__device__ __forceinline__ TileCoord tile_of(const BackwardParams& params, unsigned index) {
+  return backward_tile(index, key_blocks<Traits>(params), params.shape.heads_k, params.shape.batch,
+                       params.tail_heads);
+}
+
 // What a thread block works on: key block `coord.block` of KV head `coord.head`, for `steps` pairs
 // of (query head of the group, query block).
 template <class Traits>
@@ -131,7 +132,7 @@ struct BackwardWork {
   int start, direction;  // of the walk over the query blocks of a head, see QueryStep
 
   __device__ __forceinline__ BackwardWork(const BackwardParams& params, unsigned index)
-      : coord(backward_tile(index, key_blocks<Traits>(params), params.shape.heads_k)),
+      : coord(tile_of<Traits>(params, index)),
         group(params.shape.heads_q / params.shape.heads_k),
         key_begin(coord.block * Traits::kTileN) {
     blocks = VisibleKeys(params.shape, params.window)

@@ -22,9 +22,9 @@
 
 namespace flash_attn2::sm90 {
 
+// `target`: of the thread's first value group.
 template <class Acc>
-__device__ __forceinline__ void add_to_dq(float* tile, const Acc& acc, int part, int thread) {
-  float* target = tile + (part * int(size(acc)) * kWarpGroupThreads + thread * 4);
+__device__ __forceinline__ void add_to_dq(float* target, const Acc& acc) {
   CUTE_UNROLL
   for (int i = 0; i < size(acc); i += 4) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
@@ -127,10 +127,15 @@ struct DqConverter {
 
   __device__ __forceinline__ DqConverter(const BackwardArguments& arguments,
                                          typename Traits::SharedStorage& smem, unsigned index)
+      : DqConverter(arguments, smem, tile_of<Traits>(arguments.params, index)) {}
+  __device__ __forceinline__ DqConverter(const BackwardArguments& arguments,
+                                         typename Traits::SharedStorage& smem,
+                                         const TileCoord& coord)
       : arguments(arguments),
         smem(smem),
-        kv_head(int(index / key_blocks<Traits>(arguments.params)) - arguments.params.dq_lag),
-        block(int(index % key_blocks<Traits>(arguments.params))) {}
+        kv_head(coord.batch * arguments.params.shape.heads_k + coord.head -
+                arguments.params.dq_lag),
+        block(coord.block) {}
 
   // The converters are the last warps of the producer's warpgroup, all that are spare.
   __device__ __forceinline__ static int first_thread(const BackwardParams& params) {

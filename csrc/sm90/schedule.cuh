@@ -4,7 +4,7 @@
 
 #include <cutlass/fast_math.h>
 
-#include "../core/schedule.cuh"
+#include "../core/schedule.h"
 
 namespace flash_attn2::sm90 {
 
@@ -32,7 +32,7 @@ struct ScheduleDivisors {
 };
 
 // A static schedule, the same for producer and consumers without a word between them. Rounds of a
-// tile for each team of the grid in forward order (core/schedule.cuh), every other round backwards,
+// tile for each team of the grid in forward order (core/schedule.h), every other round backwards,
 // so that the tiles of two rounds add up to about the same length for every team.
 //
 // The plan groups heads where a mask makes the tiles of a head so many and so different that this
@@ -58,7 +58,7 @@ struct ForwardSchedule {
         tiles(unsigned(blocks) * params.shape.heads_q * params.shape.batch),
         team(kTeams == 1 ? 0 : team) {}
 
-  // core/schedule.cuh's forward_tile without its divisions.
+  // core/schedule.h's forward_tile without its divisions.
   __device__ __forceinline__ TileCoord coord_of(int index) const {
     const AttentionShape& shape = params.shape;
     int head, rank;
