@@ -10,8 +10,8 @@
 //   p_full[b]        8 (consumer warps)     buffer b holds P; kColumns only      consumers
 //   ds_full[b]       8; kRoles: 128         buffer b holds a step's dS           consumers
 //   dq_full          1 (converter) + bytes  a part of an earlier head's dQ came  converters
-//   done             8 (consumer warps)     nobody reads K and V any more        consumers,
-//   producer turn_come        1 (turn taker)         the step's dQ may be added           consumers
+//   done             8 (consumer warps)     nobody reads K and V any more        all
+//   turn_come        1 (turn taker)         the step's dQ may be added           consumers
 //   turn_used        8 (consumer warps)     the step's dQ is added               turn passer
 //   turn_seen        1 (turn passer)        ... and the passer has seen it       turn taker
 //

@@ -11,8 +11,8 @@ struct KeysConsumer : RegisterConsumer<Traits> {
   using Base::Base, Base::smem, Base::work;
   using typename Base::AccDq, typename Base::AccS, typename Base::Element;
 
-  // A thread's values of dS, and those of them that are made before dQ and dV are started; the
-  // rest runs under these two. The longer queue of d64 only: its dK and dV leave registers for it.
+  // A thread's values of dS, and how many of them are made before dQ and dV are started; the rest
+  // is made under these two. Only d64, with 128 queries a step, has registers to spare for it.
   static constexpr int kValues = size(AccS{});
   static constexpr int kEarlyGradients = Traits::kTileM == 128 ? kValues * 5 / 8 : kValues;
 
