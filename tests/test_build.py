@@ -161,6 +161,23 @@ def test_rows_for_little_shared_memory_are_not_compiled_for_sm_90a():
         assert nvcc_logged.for_its_source([*flags, later]) == ["nvcc", *left, "-c", later]
 
 
+def test_sm80_forward_is_compiled_once_for_all_architectures():
+    source = "/x/csrc/sm80/instances/bf16_d96_fwd_0.cu"
+    for archs, expected in (
+        (
+            ["80", "90a"],
+            [
+                "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+                "-gencode=arch=compute_80,code=sm_90",
+            ],
+        ),
+        (["90a"], settings.gencode_flags(["90a"])),
+        (["86"], settings.gencode_flags(["86"])),
+    ):
+        flags = ["nvcc", *settings.gencode_flags(archs), "-c"]
+        assert nvcc_logged.for_its_source([*flags, source]) == ["nvcc", *expected, "-c", source]
+
+
 def test_filter_by_head_dim_is_that_of_q():
     unequal = Path("csrc/sm90/instances/bf16_d192_v128_bwd_0.cu")
     assert settings.parse_filter("d192,bf16").accepts(unequal)

@@ -10,7 +10,9 @@ and replays stderr, so a cached object has its log too.
 torch's build has one list of flags for all sources; some sources get their own here:
 - csrc/sm90: compiled for sm_90a alone, as no other architecture runs them;
 - the later rows of the sm80 backward's tile table: not compiled for sm_90a, which has the shared
-  memory for the first row of every head dim. Each architecture is a compilation of its own.
+  memory for the first row of every head dim. Each architecture is a compilation of its own;
+- the sm80 forward, whose source is the same for all: its code for sm_90 comes from the compilation
+  for another architecture, where there is one.
 """
 
 import re
@@ -40,12 +42,26 @@ def for_its_source(command: list[str]) -> list[str]:
         return without_gencode(command, "(?!.*sm_90a)")
     if "sm80" in source.parts and re.search(r"_bwd_[1-9]", source.stem):
         return without_gencode(command, ".*sm_90a")
+    if "sm80" in source.parts and "_fwd_" in source.stem:
+        return with_shared_code_for_sm_90(command)
     return command
 
 
 def without_gencode(command: list[str], pattern: str) -> list[str]:
     """The command without the -gencode flags whose rest matches ``pattern``."""
     return [word for word in command if not re.match(f"-gencode={pattern}", word)]
+
+
+def with_shared_code_for_sm_90(command: list[str]) -> list[str]:
+    """The command with code for sm_90, from the first architecture before it, for that for sm_90a.
+
+    Without such an architecture it is left as it is.
+    """
+    compiled = re.search(r"-gencode=arch=compute_(8\d),", " ".join(command))
+    if compiled is None:
+        return command
+    shared = f"-gencode=arch=compute_{compiled[1]},code=sm_90"
+    return [shared if word.endswith(",code=sm_90a") else word for word in command]
 
 
 def is_resource_line(line: str) -> bool:

@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kThreads)
     bwd.dq_converted[head_row / group] = 0;
   }
   if (bwd.dq_turn != nullptr && row % params.tile_m == 0) {
-    bwd.dq_turn[row_index / params.tile_m] = 0;
+    int* const turns = bwd.dq_turn + row_index / params.tile_m * bwd.dq_parts;
+    for (int part = 0; part < bwd.dq_parts; ++part) turns[part] = 0;
   }
   // +inf makes P = exp2(S - L) vanish: for padding rows and for rows that see no key.
   float lse_log2 = INFINITY, delta = 0.f;

@@ -59,9 +59,11 @@ struct BackwardParams {
                               // tile order
   int* dq_added = nullptr;  // (batch, heads_k), likewise dq_converted; see sm90/dq_accumulator.cuh
   int* dq_converted = nullptr;
-  int* dq_turn = nullptr;  // (batch, heads_q, seqlen_q_rounded / tile_m); null: unordered adds
+  int* dq_turn = nullptr;  // (batch, heads_q, seqlen_q_rounded / tile_m, dq_parts); null: unordered
+                           // adds
   int* ticket = nullptr;   // sm80: one counter that hands out column blocks when dq_turn is used
 
+  int dq_parts = 1;  // of a query tile's dQ, each with turns of its own
   int dq_slots = 1;  // KV heads that have a place in dq_accum, which they take in turn
   int dq_lag = 0;  // a thread block converts dQ of the KV head that comes this many before its own
 

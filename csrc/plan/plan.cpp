@@ -254,7 +254,7 @@ Workspace lay_out(const KernelRow& row, const Problem& problem, int dq_slots) {
     workspace.dq_converted = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
   }
   if (problem.deterministic) {
-    workspace.dq_turn = take(row_blocks * sizeof(int));
+    workspace.dq_turn = take(row_blocks * row.dq_parts * sizeof(int));
     workspace.ticket = take(sizeof(int));
   }
   workspace.total = end;

@@ -39,6 +39,7 @@ struct KernelRow {
   int max_arch = std::numeric_limits<int>::max();  // 90: runs up to sm_90
   bool persistent = false;  // the grid has one thread block a multiprocessor at most
   bool dq_ring = false;     // backward: dQ is converted on the way, see sm90/dq_accumulator.cuh
+  int dq_parts = 1;         // backward: parts of a query tile's dQ, each with turns of its own
   int cluster = 1;          // thread blocks that load for each other: needs no mask, and tiles of
                             // a head that divide by it
   int teams = 1;            // tiles that a persistent thread block works on at a time

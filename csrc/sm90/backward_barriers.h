@@ -11,8 +11,8 @@
 //   ds_full[b]       8; kRoles: 128         buffer b holds a step's dS           consumers
 //   dq_full          1 (converter) + bytes  a part of an earlier head's dQ came  converters
 //   done             8 (consumer warps)     nobody reads K and V any more        all
-//   turn_come        1 (turn taker)         the step's dQ may be added           consumers
-//   turn_used        8 (consumer warps)     the step's dQ is added               turn passer
+//   turn_come        1 (turn taker)         the next part of dQ may be added     consumers
+//   turn_used        8 (consumer warps)     that part is added                   turn passer
 //   turn_seen        1 (turn passer)        ... and the passer has seen it       turn taker
 //
 // The last three are for deterministic mode. Buffers of P and dS need no barrier for their release,

@@ -110,9 +110,9 @@ struct BackwardConsumer {
   __device__ __forceinline__ void add_dq(int step, float* target, int dq_part,
                                          const AccDq& acc) const {
     const bool ordered = arguments.params.dq_turn != nullptr;
-    if (ordered && dq_part == 0) smem.barriers.turn_come.wait(step & 1);
+    if (ordered) smem.barriers.turn_come.wait((step * Traits::kDqParts + dq_part) & 1);
     add_to_dq(target + dq_part * Traits::kDqPartElements, acc);
-    if (ordered && dq_part == Traits::kDqParts - 1) arrive_as_warp(smem.barriers.turn_used, thread);
+    if (ordered) arrive_as_warp(smem.barriers.turn_used, thread);
   }
 
   // Until both consumers are done with K and V.

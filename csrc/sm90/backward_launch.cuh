@@ -68,6 +68,7 @@ KernelRow backward_row(int preference) {
   KernelRow row = describe<Traits>("sm90", 90, Direction::kBackward, preference);
   row.max_arch = 90;
   row.dq_ring = Traits::kDqRing;
+  row.dq_parts = Traits::kDqParts;
   row.backward = launch_backward<Traits>;
   return row;
 }

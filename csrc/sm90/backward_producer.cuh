@@ -78,15 +78,17 @@ struct BackwardProducer {
     }
   }
 
-  // Deterministic mode: key blocks add to a dQ tile one after the other (core/turn_order.h); the
-  // tile's counter is the number of those that have. Two threads keep the turns, so that the
-  // consumers never stall for the polling, nor the next turn for the fence, which waits for the
-  // adds to arrive.
-  __device__ __forceinline__ int* counter(const QueryStep& at) const {
-    return arguments.params.dq_turn + tile_index(arguments.params, work, at);
+  // Deterministic mode: key blocks add to a part of a dQ tile one after the other
+  // (core/turn_order.h); its counter is the number of those that have. Two threads keep the turns,
+  // so that the consumers never stall for the polling, nor the next turn for the fence, which waits
+  // for the adds to arrive.
+  __device__ __forceinline__ int* counters(const QueryStep& at) const {
+    return arguments.params.dq_turn +
+           int64_t(tile_index(arguments.params, work, at)) * Traits::kDqParts;
   }
 
-  // Tells the consumers when a step's turn has come.
+  // Tells the consumers when a part's turn has come. What follows are additions where those before
+  // were made, and no reads.
   __device__ __forceinline__ void take_turns() const {
     const BackwardParams& params = arguments.params;
     const TurnOrder order(params, Traits::kTileM, Traits::kTileN, work.kv_head(params));
@@ -95,22 +97,29 @@ struct BackwardProducer {
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
       const int turn = order.turn(work.coord.block, at.block);
-      wait_for_count(counter(at), turn);
-      if (step > 0) smem.barriers.turn_seen.wait((step - 1) & 1);
-      smem.barriers.turn_come.arrive();
+      CUTE_UNROLL
+      for (int part = 0; part < Traits::kDqParts; ++part) {
+        const int n = step * Traits::kDqParts + part;
+        poll_count(counters(at) + part, turn);
+        if (n > 0) smem.barriers.turn_seen.wait((n - 1) & 1);
+        smem.barriers.turn_come.arrive();
+      }
     }
   }
 
-  // Tells the next key block when a step's turn is over.
+  // Tells the next key block when a part's turn is over.
   __device__ __forceinline__ void pass_turns() const {
     wait_for_previous_kernel();
     QueryStep at = QueryStep::first(work);
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
-      smem.barriers.turn_used.wait(step & 1);
-      smem.barriers.turn_seen.arrive();
-      __threadfence();
-      atomicAdd(counter(at), 1);
+      CUTE_UNROLL
+      for (int part = 0; part < Traits::kDqParts; ++part) {
+        smem.barriers.turn_used.wait((step * Traits::kDqParts + part) & 1);
+        smem.barriers.turn_seen.arrive();
+        __threadfence();
+        atomicAdd(counters(at) + part, 1);
+      }
     }
   }
 };

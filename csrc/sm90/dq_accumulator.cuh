@@ -74,11 +74,18 @@ __device__ __forceinline__ void store_dq(const BackwardArguments& arguments,
        head_row / shape.heads_q, Traits::kSplitDqRows ? 0 : part * Traits::kDqColumns});
 }
 
-__device__ __forceinline__ void wait_for_count(const int* counter, int least) {
+// With relaxed loads: after each acquire the SM drops its L1 cache. For a thread that neither reads
+// what was counted nor lets others read it.
+__device__ __forceinline__ void poll_count(const int* counter, int least) {
   int count;
   do {
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
   } while (count < least);
+}
+__device__ __forceinline__ void wait_for_count(const int* counter, int least) {
+  poll_count(counter, least);
+  asm volatile("{\n.reg .b32 count;\nld.acquire.gpu.global.b32 count, [%0];\n}\n" ::"l"(counter)
+               : "memory");
 }
 
 // Between accesses to global memory by bulk copies and by other instructions.

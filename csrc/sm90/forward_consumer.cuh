@@ -97,21 +97,21 @@ struct ForwardConsumer {
     }
     auto scores = rows_columns(acc_s);
     float factor[kRows], row_sum[kRows];
-    bool grew = softmax.update_max(0, scores);
-    if constexpr (Traits::kEarlyRow) {
+    bool rescale = softmax.update_max(0, scores);
+    if constexpr (Traits::kTwoConsumers) {
       row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
       asm volatile("" : "+f"(row_sum[0]));  // else the compiler moves them behind the wait
     }
-    grew |= softmax.update_max(1, scores);
-    grew = __any_sync(0xffffffffu, grew);
-    // This branch also keeps ptxas from waiting for P V before the maxima.
-    if (grew) softmax.rescale(factor, scale_log2);
+    rescale |= softmax.update_max(1, scores);
+    rescale = !Traits::kTwoConsumers || __any_sync(0xffffffffu, rescale);
+    // Where it is one, this branch also keeps ptxas from waiting for P V before the maxima.
+    if (rescale) softmax.rescale(factor, scale_log2);
     if constexpr (!kFirst) {
       finish_output(before);
       auto out = rows_columns(acc_out);
-      if (grew) scale_rows(out, factor);
+      if (rescale) scale_rows(out, factor);
     }
-    if constexpr (!Traits::kEarlyRow) row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
+    if constexpr (!Traits::kTwoConsumers) row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
     row_sum[1] = softmax.exponentiate(1, scores, scale_log2);
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) softmax.add(i, row_sum[i]);

@@ -55,9 +55,10 @@ struct ForwardTraits {
   static constexpr int kConsumerRegs = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
   static_assert(2 <= kConsumers && kConsumers <= 4 && kTeams <= kWarpsPerGroup);
   static_assert(kTileN % 16 == 0);
-  // Exponentials of a thread's first row before the wait for the last P V, under the maximum of the
-  // second row. With three warpgroups others fill that time.
-  static constexpr bool kEarlyRow = kConsumers == 2;
+  // Two warpgroups fill the time until the last P V themselves: with the exponentials of a thread's
+  // first row, under the maximum of the second; and they rescale the output after a vote. Beside
+  // more warpgroups others fill it, and the branches of the vote cost more than the products.
+  static constexpr bool kTwoConsumers = kConsumers == 2;
 
   // S (64, kTileN) = Q K^T, both from shared memory; O (64, kHeadDimV) += P V, P from registers.
   using MmaS = SmemMma<Element, kGroupRows, kTileN, Major::K, Major::K>;

@@ -8,11 +8,11 @@
 #include <cute/tensor.hpp>
 
 #include "tma.cuh"
+#include "wgmma.h"
 
 namespace flash_attn2::sm90 {
 
 using namespace cute;
-using GMMA::Major;
 
 // Keeps the compiler from computing what follows from x once, before the loop, to hold it in
 // registers that the loop has not got.
@@ -47,29 +47,29 @@ __device__ __forceinline__ auto part(const Tile& tile, int i, int j) {
   return local_tile(tile, cute::Shape<Int<kRows>, Int<kColumns>>{}, make_coord(i, j));
 }
 
-// Where it was included without a wgmma of the wanted N, CuTe takes a narrower one without a word.
-// Its headers have 8, 16, 32, 64, 96, 128, 192 and 256, and the other multiples of 8 for who
-// defines CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED first: 30 s of nvcc, so only the instance files
-// that need one do.
-template <class Operation, int kColumns>
-struct Wgmma {
-  using TiledMma = decltype(make_tiled_mma(Operation{}));
-  static_assert(size<1>(typename TiledMma::AtomShape_MNK{}) == kColumns,
-                "the instance file lacks #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED");
-};
+// Numbers of columns that CuTe's headers have a wgmma for; wgmma.h adds some.
+constexpr bool cute_has_wgmma(int columns) {
+  return columns == 64 || columns == 96 || columns == 128 || columns == 192 || columns == 256;
+}
 
 // One warpgroup's product with kRows x kColumns results; A from shared memory, or from registers.
 template <class Element, int kRows, int kColumns, Major kMajorA, Major kMajorB>
-using SmemMma = typename Wgmma<
-    decltype(GMMA::ss_op_selector<Element, Element, float,
-                                  cute::Shape<Int<kRows>, Int<kColumns>, _16>, kMajorA, kMajorB>()),
-    kColumns>::TiledMma;
+constexpr auto smem_wgmma() {
+  if constexpr (cute_has_wgmma(kColumns)) {
+    return GMMA::ss_op_selector<Element, Element, float,
+                                cute::Shape<Int<kRows>, Int<kColumns>, _16>, kMajorA, kMajorB>();
+  } else {
+    return SmemWgmma<Element, kColumns, kMajorA, kMajorB>{};
+  }
+}
+template <class Element, int kRows, int kColumns, Major kMajorA, Major kMajorB>
+using SmemMma = decltype(make_tiled_mma(smem_wgmma<Element, kRows, kColumns, kMajorA, kMajorB>()));
 template <class Element, int kRows, int kColumns, Major kMajorB>
-using RegisterMma =
-    typename Wgmma<decltype(GMMA::rs_op_selector<Element, Element, float,
-                                                 cute::Shape<Int<kRows>, Int<kColumns>, _16>,
-                                                 Major::K, kMajorB>()),
-                   kColumns>::TiledMma;
+using RegisterMma = decltype(make_tiled_mma(
+    std::enable_if_t<cute_has_wgmma(kColumns),
+                     decltype(GMMA::rs_op_selector<Element, Element, float,
+                                                   cute::Shape<Int<kRows>, Int<kColumns>, _16>,
+                                                   Major::K, kMajorB>())>{}));
 
 template <class Mma, int kRows, int kColumns>
 using Accumulator = decltype(partition_fragment_C(Mma{}, cute::Shape<Int<kRows>, Int<kColumns>>{}));

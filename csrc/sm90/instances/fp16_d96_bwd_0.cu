@@ -1,5 +1,3 @@
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // wgmma with N = 48
-
 #include "../backward_tiles.cuh"
 
 namespace flash_attn2::sm90 {
