@@ -49,7 +49,8 @@ __device__ __forceinline__ auto part(const Tile& tile, int i, int j) {
 
 // Numbers of columns that CuTe's headers have a wgmma for; wgmma.h adds some.
 constexpr bool cute_has_wgmma(int columns) {
-  return columns == 64 || columns == 96 || columns == 128 || columns == 192 || columns == 256;
+  return columns == 8 || columns == 16 || columns == 32 || columns == 64 || columns == 96 ||
+         columns == 128 || columns == 192 || columns == 256;
 }
 
 // One warpgroup's product with kRows x kColumns results; A from shared memory, or from registers.
