@@ -141,11 +141,16 @@ def test_every_registered_kernel_has_its_resources():
     path = Path(_C.__file__).with_name(ptxas.RESOURCE_FILE)
     entries = ptxas.read_resources(path)
     archs = {f"sm_{arch}" for arch in _C.build_info()["archs"]}
-    assert {entry.arch for entry in entries} == archs
+    # The sm80 forward's code for Hopper comes from another architecture's (tools/nvcc_logged.py).
+    shared = any(arch.startswith("sm_8") for arch in archs)
+    sm80_forward = {"sm_90" if shared and arch == "sm_90a" else arch for arch in archs}
+    assert {entry.arch for entry in entries} == archs | sm80_forward
     seen = set()
     for row in _C.list_kernels():
         found = [entry for entry in entries if entry.name == row["name"]]
         expected = {"sm_90a"} if row["family"] == "sm90" else archs
+        if (row["family"], row["direction"]) == ("sm80", "forward"):
+            expected = sm80_forward
         kind = (row["family"], row["direction"], row["dtype"], row["head_dim"])
         if kind in seen and kind[:2] == ("sm80", "backward"):  # for less shared memory
             expected = archs - {"sm_90a"}
