@@ -252,7 +252,14 @@ def test_time_limit_stops_training_with_a_verdict(text, tmp_path, capsys):
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(text, tmp_path):
     command = [sys.executable, str(EXAMPLES / "train_gpt.py"), *TINY, "--data", text]
     command += ["--out", str(tmp_path), "--steps", "1000000", "--checkpoint-every", "5"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # One thread: beside other tests, more would wait for each other in every operation.
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline:
