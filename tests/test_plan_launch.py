@@ -197,6 +197,20 @@ def test_backward_workspace_of_a_ring(seqlen_q, seqlen_k, batch):
     )
 
 
+@needs_sm90
+@pytest.mark.parametrize("head_dim, parts", [(64, 1), (128, 1), (192, 1), (256, 2)])
+def test_parts_of_dq_have_turns_of_their_own(head_dim, parts):
+    """sm90: a counter for each query tile and part, and the ticket, beside the default's."""
+    lengths = {"batch": 3, "heads_q": 5, "heads_k": 1, "seqlen_q": 5000, "seqlen_k": 200}
+    default, deterministic = (
+        plan_for("backward", head_dim=head_dim, family="sm90", deterministic=turns, **lengths)
+        for turns in (False, True)
+    )
+    row_blocks = 3 * 5 * -(-5000 // KERNELS[default["kernel"]]["tile_m"])
+    difference = deterministic["workspace_bytes"] - default["workspace_bytes"]
+    assert difference == round_up(4 * row_blocks * parts, 256) + 256
+
+
 CAUSAL, WINDOW = {"window_right": 0}, {"window_left": 100, "window_right": 0}
 
 

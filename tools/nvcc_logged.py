@@ -53,9 +53,9 @@ def without_gencode(command: list[str], pattern: str) -> list[str]:
 
 
 def with_shared_code_for_sm_90(command: list[str]) -> list[str]:
-    """The command with code for sm_90, from the first architecture before it, for that for sm_90a.
+    """The command whose code for Hopper is made, for sm_90, in the compilation for another GPU.
 
-    Without such an architecture it is left as it is.
+    That is the first architecture of compute capability 8; without one nothing changes.
     """
     compiled = re.search(r"-gencode=arch=compute_(8\d),", " ".join(command))
     if compiled is None:

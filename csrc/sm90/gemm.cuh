@@ -47,15 +47,20 @@ __device__ __forceinline__ auto part(const Tile& tile, int i, int j) {
   return local_tile(tile, cute::Shape<Int<kRows>, Int<kColumns>>{}, make_coord(i, j));
 }
 
-// Numbers of columns that CuTe's headers have a wgmma for; wgmma.h adds some.
+// CuTe has wgmmas of 8, 16, 32, 64, 96, 128, 192 and 256 columns; asked for others it takes a
+// narrower one without a word. wgmma.h adds some, for A from shared memory.
 constexpr bool cute_has_wgmma(int columns) {
   return columns == 8 || columns == 16 || columns == 32 || columns == 64 || columns == 96 ||
          columns == 128 || columns == 192 || columns == 256;
 }
-
-// One warpgroup's product with kRows x kColumns results; A from shared memory, or from registers.
+template <class Operation, int kColumns>
+struct Wgmma {
+  using TiledMma = decltype(make_tiled_mma(Operation{}));
+  static_assert(size<1>(typename TiledMma::AtomShape_MNK{}) == kColumns,
+                "no wgmma of so many columns: add it to wgmma.h");
+};
 template <class Element, int kRows, int kColumns, Major kMajorA, Major kMajorB>
-constexpr auto smem_wgmma() {
+constexpr auto smem_operation() {
   if constexpr (cute_has_wgmma(kColumns)) {
     return GMMA::ss_op_selector<Element, Element, float,
                                 cute::Shape<Int<kRows>, Int<kColumns>, _16>, kMajorA, kMajorB>();
@@ -63,14 +68,18 @@ constexpr auto smem_wgmma() {
     return SmemWgmma<Element, kColumns, kMajorA, kMajorB>{};
   }
 }
+
+// One warpgroup's product with kRows x kColumns results; A from shared memory, or from registers.
 template <class Element, int kRows, int kColumns, Major kMajorA, Major kMajorB>
-using SmemMma = decltype(make_tiled_mma(smem_wgmma<Element, kRows, kColumns, kMajorA, kMajorB>()));
+using SmemMma =
+    typename Wgmma<decltype(smem_operation<Element, kRows, kColumns, kMajorA, kMajorB>()),
+                   kColumns>::TiledMma;
 template <class Element, int kRows, int kColumns, Major kMajorB>
-using RegisterMma = decltype(make_tiled_mma(
-    std::enable_if_t<cute_has_wgmma(kColumns),
-                     decltype(GMMA::rs_op_selector<Element, Element, float,
-                                                   cute::Shape<Int<kRows>, Int<kColumns>, _16>,
-                                                   Major::K, kMajorB>())>{}));
+using RegisterMma =
+    typename Wgmma<decltype(GMMA::rs_op_selector<Element, Element, float,
+                                                 cute::Shape<Int<kRows>, Int<kColumns>, _16>,
+                                                 Major::K, kMajorB>()),
+                   kColumns>::TiledMma;
 
 template <class Mma, int kRows, int kColumns>
 using Accumulator = decltype(partition_fragment_C(Mma{}, cute::Shape<Int<kRows>, Int<kColumns>>{}));

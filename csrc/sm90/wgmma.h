@@ -17,9 +17,8 @@ struct SmemWgmma {};
 
 // The instruction takes every accumulator of a thread, kColumns / 2, as an operand of its own:
 // F(n) for n from 1 to a last one.
-#define FLASH_ATTN2_TEN(F, tens) \
-  F(tens##0)                     \
-  F(tens##1) F(tens##2) F(tens##3) F(tens##4) F(tens##5) F(tens##6) F(tens##7) F(tens##8) F(tens##9)
+#define FLASH_ATTN2_TEN(F, t) \
+  F(t##0) F(t##1) F(t##2) F(t##3) F(t##4) F(t##5) F(t##6) F(t##7) F(t##8) F(t##9)
 #define FLASH_ATTN2_TO_19(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) FLASH_ATTN2_TEN(F, 1)
 #define FLASH_ATTN2_TO_23(F) FLASH_ATTN2_TO_19(F) F(20) F(21) F(22) F(23)
 #define FLASH_ATTN2_TO_39(F) FLASH_ATTN2_TO_19(F) FLASH_ATTN2_TEN(F, 2) FLASH_ATTN2_TEN(F, 3)
@@ -65,7 +64,7 @@ CUTE_HOST_DEVICE void mma_unpack(
   } else if constexpr (kColumns == 112 && kBf16) {
     FLASH_ATTN2_WGMMA(112, bf16, FLASH_ATTN2_TO_55, 56, 57, 58, 59, 60);
   } else {
-    static_assert(kColumns == 112);
+    static_assert(kColumns == 112, "no wgmma of so many columns: add it here");
     FLASH_ATTN2_WGMMA(112, f16, FLASH_ATTN2_TO_55, 56, 57, 58, 59, 60);
   }
 #endif
