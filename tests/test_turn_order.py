@@ -18,53 +18,94 @@ MASKS = {
 }
 
 
-def draw_walks(rng: random.Random, mask: str) -> tuple[list, int]:
-    """The walks of a random problem, and the size of its groups."""
-    seqlen_q, seqlen_k, group = rng.randint(1, 2000), rng.randint(1, 2000), rng.randint(1, 20)
+def draw_problem(rng: random.Random, mask: str) -> dict:
+    """Arguments of ``turn_order`` for a random problem."""
+    seqlen_q, seqlen_k = rng.randint(1, 2000), rng.randint(1, 2000)
     left, right = MASKS[mask](rng, seqlen_q, seqlen_k)
-    tile_m, tile_n = rng.choice((64, 128)), rng.choice((64, 128))
-    walks = ops.EXTENSION.turn_order(
-        seqlen_q, seqlen_k, left, right, tile_m, tile_n, group, head=rng.randrange(5), heads=5
-    )
-    return walks, group
+    heads = rng.randint(1, 8)
+    return {
+        "seqlen_q": seqlen_q,
+        "seqlen_k": seqlen_k,
+        "window_left": left,
+        "window_right": right,
+        "tile_m": rng.choice((64, 128)),
+        "tile_n": rng.choice((64, 128)),
+        "group": rng.randint(1, 20),
+        "heads": heads,
+        "tail_heads": rng.randint(0, heads),
+    }
 
 
-def rounds_to_finish(walks: list, resident: int) -> int | None:
-    """Rounds until every walk is done; None when nobody can go on.
-
-    Walks start in their order, ``resident`` of them at a time, as on a GPU with that much room; in
-    a round each takes one step if its turn has come.
-    """
-    counts, places, waiting, running = {}, [0] * len(walks), list(range(len(walks))), []
-    rounds = 0
-    while waiting or running:
-        while waiting and len(running) < resident:
-            running.append(waiting.pop(0))
-        steps = [
-            (key_block, walks[key_block][places[key_block]][0])
-            for key_block in running
-            if places[key_block] < len(walks[key_block])
-            and counts.get(walks[key_block][places[key_block]][0], 0)
-            == walks[key_block][places[key_block]][1]
+def grid_of_walks(problem: dict, heads_together: int) -> list:
+    """The walks of all heads' key blocks, as their thread blocks start: ((head, query block), turn)
+    for every step."""
+    walks = [
+        [
+            [((head, query_block), turn) for query_block, turn in walk]
+            for walk in ops.EXTENSION.turn_order(**problem, head=head)
         ]
-        for key_block, query_block in steps:
-            counts[query_block] = counts.get(query_block, 0) + 1
-            places[key_block] += 1
-        before = len(running)
-        running = [n for n in running if places[n] < len(walks[n])]
-        if not steps and len(running) == before:
-            return None
-        rounds += 1
-    return rounds
+        for head in range(problem["heads"])
+    ]
+    masked = (  # as the plan has it, for which a window beyond the ends is none
+        0 <= problem["window_left"] < problem["seqlen_k"] - 1
+        or 0 <= problem["window_right"] < problem["seqlen_q"] - 1
+    )
+    order = ops.EXTENSION.backward_order(
+        len(walks[0]), problem["heads"], problem["tail_heads"], heads_together, masked
+    )
+    return [walks[head][block] for block, head in order]
+
+
+def time_to_finish(
+    walks: list, resident: int, latency: float | None, overhead: float = 0.0
+) -> float | None:
+    """Steps until every walk is done, as on a GPU with room for ``resident`` at a time, which start
+    in their order; None when nobody can go on.
+
+    A step takes 1, and ends when the key block has added to dQ, which it may ``latency`` after the
+    one whose turn was before (None: at any time). A walk takes ``overhead`` more.
+    """
+    added, waiting = {}, {}  # by (tile, turn): when it was added; who waits for that turn
+    places, starting, events, end = [0] * len(walks), iter(range(len(walks))), [], 0.0
+
+    def start_next(now: float) -> None:
+        for n in starting:
+            if walks[n]:
+                heapq.heappush(events, (now + overhead + 1, n))
+                return
+
+    for _ in range(resident):
+        start_next(0.0)
+    while events:
+        now, n = heapq.heappop(events)
+        tile, turn = walks[n][places[n]]
+        if latency is not None and turn > 0:
+            before = added.get((tile, turn - 1))
+            if before is None:
+                waiting[tile, turn] = n
+                continue
+            if before + latency > now:
+                heapq.heappush(events, (before + latency, n))
+                continue
+        added[tile, turn] = now
+        if (tile, turn + 1) in waiting:
+            heapq.heappush(events, (now, waiting.pop((tile, turn + 1))))
+        places[n] += 1
+        if places[n] < len(walks[n]):
+            heapq.heappush(events, (now + 1, n))
+        else:
+            end = now
+            start_next(now)
+    return None if waiting else end
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_key_block_has_one_turn_at_each_query_block_it_visits(mask, seed):
     rng = random.Random(seed)
     for _ in range(200):
-        walks, _ = draw_walks(rng, mask)
+        problem = draw_problem(rng, mask)
         turns = {}
-        for walk in walks:
+        for walk in ops.EXTENSION.turn_order(**problem, head=rng.randrange(problem["heads"])):
             assert len({query_block for query_block, _ in walk}) == len(walk)
             for query_block, turn in walk:
                 turns.setdefault(query_block, []).append(turn)
@@ -73,55 +114,91 @@ def test_every_key_block_has_one_turn_at_each_query_block_it_visits(mask, seed):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_walks_end_where_as_many_blocks_run_as_a_group_has(mask, seed):
+def test_all_walks_end(mask, seed):
+    """Under a mask or where all heads go side by side with any room, else with that of a group."""
     rng = random.Random(seed)
-    for _ in range(100):
-        walks, group = draw_walks(rng, mask)
-        assert rounds_to_finish(walks, group) is not None
+    for _ in range(30):
+        problem = draw_problem(rng, mask)
+        together = rng.randint(1, max(problem["tail_heads"], 1))
+        in_order = mask != "full" or problem["tail_heads"] == problem["heads"]
+        resident = rng.randint(1, 20) if in_order else problem["group"]
+        assert time_to_finish(grid_of_walks(problem, together), resident, 0.5) is not None
 
 
 @pytest.mark.parametrize("left, right", [(-1, -1), (-1, 0), (512, 0)])
 @pytest.mark.parametrize("tile_m", [64, 128])
 def test_nobody_waits_where_all_run_side_by_side(left, right, tile_m):
-    walks = ops.EXTENSION.turn_order(4096, 4096, left, right, tile_m, 128, 32)
+    walks = grid_of_walks(
+        {
+            "seqlen_q": 4096,
+            "seqlen_k": 4096,
+            "window_left": left,
+            "window_right": right,
+            "tile_m": tile_m,
+            "tile_n": 128,
+            "group": 32,
+        }
+        | {"heads": 1, "tail_heads": 0},
+        1,
+    )
     assert len(walks) == 32
-    assert rounds_to_finish(walks, 32) <= max(map(len, walks)) + 1
+    assert time_to_finish(walks, 32, 0.9) == max(map(len, walks))
 
 
 @pytest.mark.parametrize("key_blocks", [5, 52, 100, 205])
 def test_nobody_waits_where_the_heads_follow_each_other_in_rounds(key_blocks):
     """Without a mask, and with room for a number of key blocks that the heads' do not divide."""
     heads, resident, query_blocks = 20, 132, 256
-    walks = []
-    for head in range(heads):
-        order = ops.EXTENSION.turn_order(
-            query_blocks * 64, key_blocks * 80, -1, -1, 64, 80, resident, head=head, heads=heads
-        )
-        walks += [[((head, block), turn) for block, turn in walk] for walk in order]
+    problem = {
+        "seqlen_q": query_blocks * 64,
+        "seqlen_k": key_blocks * 80,
+        "window_left": -1,
+        "window_right": -1,
+        "tile_m": 64,
+        "tile_n": 80,
+        "group": resident,
+        "heads": heads,
+        "tail_heads": 0,
+    }
     rounds = -(-heads * key_blocks // resident)
-    assert rounds_to_finish(walks, resident) <= rounds * query_blocks + rounds
+    assert (
+        time_to_finish(grid_of_walks(problem, 1), resident, 0.9) <= rounds * query_blocks + rounds
+    )
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_walks_end_where_the_last_heads_go_side_by_side(mask, seed):
-    rng = random.Random(seed)
-    for _ in range(20):
-        seqlen_q, seqlen_k = rng.randint(1, 1000), rng.randint(1, 1000)
-        left, right = MASKS[mask](rng, seqlen_q, seqlen_k)
-        resident, heads = rng.randint(1, 20), rng.randint(1, 8)
-        key_blocks = -(-seqlen_k // 64)
-        tail_heads = min(-(-resident // key_blocks) + 1, heads)
-        orders = [
-            ops.EXTENSION.turn_order(
-                seqlen_q, seqlen_k, left, right, 64, 64, resident, head, heads, tail_heads
-            )
-            for head in range(heads)
-        ]
-        walks = [
-            [((head, query_block), turn) for query_block, turn in orders[head][block]]
-            for block, head in ops.EXTENSION.backward_order(key_blocks, heads, tail_heads)
-        ]
-        assert rounds_to_finish(walks, resident) is not None
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("right", [-1, 0])
+@pytest.mark.parametrize("seqlen", [512, 1024, 2048, 4096])
+def test_turns_take_hardly_any_time(head_dim, right, seqlen):
+    """16 thousand tokens, hidden size 2048, on an H200, against the default order without turns."""
+    heads = 2048 // head_dim
+    arguments = ("backward", 16384 // seqlen, seqlen, seqlen, heads, heads, head_dim, head_dim)
+    plans = [
+        ops.EXTENSION.plan(*arguments, window_right=right, deterministic=deterministic)
+        for deterministic in (False, True)
+    ]
+    if plans[0]["kernel"] is None:
+        pytest.skip(f"no kernel for head_dim {head_dim} in this build")
+    default, deterministic = (
+        grid_of_walks(
+            {
+                "seqlen_q": seqlen,
+                "seqlen_k": seqlen,
+                "window_left": -1,
+                "window_right": right,
+                "tile_m": plan["tile_m"],
+                "tile_n": plan["tile_n"],
+                "group": plan["turn_group"],
+                "heads": heads * 16384 // seqlen,
+                "tail_heads": plan["tail_heads"],
+            },
+            plan["heads_together"],
+        )
+        for plan in plans
+    )
+    assert time_to_finish(deterministic, 132, 0.85, overhead=2) < 1.05 * time_to_finish(
+        default, 132, None, overhead=2
+    )
 
 
 def test_every_key_block_of_every_head_has_a_thread_block(seed):
@@ -129,11 +206,21 @@ def test_every_key_block_of_every_head_has_a_thread_block(seed):
     for _ in range(200):
         key_blocks, heads = rng.randint(1, 20), rng.randint(1, 20)
         tail = rng.randint(0, heads)
-        order = ops.EXTENSION.backward_order(key_blocks, heads, tail)
-        one_by_one = [(block, head) for head in range(heads - tail) for block in range(key_blocks)]
-        side_by_side = [
-            (block, head) for block in range(key_blocks) for head in range(heads - tail, heads)
+        together = rng.randint(1, max(tail, 1))
+        last_block_first = rng.random() < 0.5
+        blocks = list(range(key_blocks))
+        one_by_one = [
+            (block, head)
+            for head in range(heads - tail)
+            for block in (reversed(blocks) if last_block_first else blocks)
         ]
+        side_by_side = [
+            (block, head)
+            for first in range(heads - tail, heads, together)
+            for block in blocks
+            for head in range(first, min(first + together, heads))
+        ]
+        order = ops.EXTENSION.backward_order(key_blocks, heads, tail, together, last_block_first)
         assert order == one_by_one + side_by_side
 
 
@@ -158,7 +245,9 @@ def test_a_causal_grid_ends_at_the_same_time_everywhere(seqlen):
     key_blocks, heads = -(-seqlen // tile_n), heads * 16384 // seqlen
 
     def measure(tail_heads):
-        order = ops.EXTENSION.backward_order(key_blocks, heads, tail_heads)
+        order = ops.EXTENSION.backward_order(
+            key_blocks, heads, tail_heads, max(tail_heads, 1), False
+        )
         lengths = [(seqlen - block * tile_n) // tile_m + 3 for block, _ in order]
         return busiest_over_mean(lengths, multiprocessors)
 
@@ -192,20 +281,41 @@ def test_the_plan_lets_the_heads_of_the_last_round_go_side_by_side():
         assert tail_heads(batch, seqlen, 100, 0)[0] == 0
 
 
-def test_the_plan_makes_groups_that_run_side_by_side():
-    def plan(seqlen_q, seqlen_k, deterministic=True):
-        found = ops.EXTENSION.plan(
-            "backward", 1, seqlen_q, seqlen_k, 4, 4, 128, 128, deterministic=deterministic
-        )
-        if found["kernel"] is None:
-            pytest.skip("no kernel for head_dim 128 in this build")
-        return found
+def plan_in_turn(batch, seqlen_q, seqlen_k, head_dim, **options):
+    found = ops.EXTENSION.plan(
+        "backward", batch, seqlen_q, seqlen_k, 4, 4, head_dim, head_dim, **options
+    )
+    if found["kernel"] is None:
+        pytest.skip(f"no kernel for head_dim {head_dim} in this build")
+    return found
 
-    few = plan(512, 1024)
-    assert few["turn_group"] == 132  # an H200's multiprocessors
-    assert not few["turns_alternate"]
-    many = plan(512, 2**20)
-    assert many["turn_group"] == 132
-    assert many["turns_alternate"]
-    assert plan(2**30, 2**20)["turn_group"] == (2**31 - 1) // (2**30 // 64)  # their product fits
-    assert plan(512, 1024, deterministic=False)["turn_group"] == 1
+
+def test_the_plan_makes_groups_that_run_side_by_side():
+    def group(seqlen_q, seqlen_k, deterministic=True):
+        return plan_in_turn(1, seqlen_q, seqlen_k, 128, deterministic=deterministic)["turn_group"]
+
+    assert group(512, 1024) == 132  # an H200's multiprocessors
+    assert group(512, 2**20) == 132
+    assert group(2**30, 2**20) == (2**31 - 1) // (2**30 // 64)  # their product fits
+    assert group(512, 1024, deterministic=False) == 1
+
+
+def test_the_plan_lets_heads_go_side_by_side_where_rounds_are_many():
+    def plan(batch, **options):
+        options = {"deterministic": True} | options
+        found = plan_in_turn(batch, 1024, 1024, 64, **options)
+        return found["tail_heads"], found["heads_together"], found["dq_lag"], found["dq_slots"]
+
+    # 8 key blocks of 128, which take 8 steps each and 2 more: 16 heads start in 10 steps.
+    few, many = 12 * 132 // 32, 12 * 132 // 32 + 1
+    assert plan(few)[:2] == (0, 1)
+    assert plan(many) == (4 * many, 16, 32, 64)
+    assert plan(many, deterministic=False)[:2] == (0, 1)
+    # Under a mask the longest key block starts last, and ends two rounds later.
+    assert plan(many, window_right=0)[:2] == (18, 18)
+    assert plan_in_turn(8, 4096, 4096, 64, window_right=0, deterministic=True)["dq_lag"] == 12
+    assert plan_in_turn(8, 4096, 4096, 64, window_right=0)["dq_lag"] == 6
+    # Key blocks of 128 are two query blocks of 64 apart as they are; but L2 holds no 32K rows.
+    assert plan_in_turn(64, 4096, 4096, 128, deterministic=True)["tail_heads"] == 0
+    long = plan_in_turn(8, 32768, 32768, 128, deterministic=True)
+    assert (long["tail_heads"], long["heads_together"]) == (32, 1)

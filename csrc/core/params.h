@@ -67,11 +67,12 @@ struct BackwardParams {
   int dq_slots = 1;  // KV heads that have a place in dq_accum, which they take in turn
   int dq_lag = 0;  // a thread block converts dQ of the KV head that comes this many before its own
 
-  int tail_heads = 0;  // KV heads at the end whose key blocks go side by side, see core/schedule.h
+  // See core/schedule.h.
+  int tail_heads = 0;             // KV heads at the end that go side by side,
+  int heads_together = 1;         // so many at a time
+  bool last_block_first = false;  // in the others
 
-  // See turn_order.h.
-  int turn_group = 1;            // key blocks that run, and take turns, side by side
-  bool turns_alternate = false;  // every other head goes the other way
+  int turn_group = 1;  // key blocks that run, and take turns, side by side: see core/turn_order.h
 };
 
 }  // namespace flash_attn2

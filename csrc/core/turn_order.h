@@ -2,24 +2,24 @@
 // the query blocks that let them do so without waiting. Plain integers, shared by host tests and
 // kernels.
 //
-// The key blocks of a head are taken in groups of neighbours, which run side by side: `group` is
-// what the GPU has room for at a time. Groups add in the order of the keys. Inside a group the
-// order is that in which the walks arrive:
+// Heads that go side by side (core/schedule.h): in the order of the keys. All walks go downwards
+// from the last query block, and a key block starts when those of the other heads have started
+// since the one before, which is that much ahead.
 //
-//   - under a mask, each key block walks upwards from the first query block that sees it. A later
-//     key block starts at a later query block, so it arrives first where they meet. Blocks that
-//     start together then end one after the other, the last key block first, and so start those of
-//     the next head, if a head fills the GPU: every other head then walks downwards from the last
-//     query block, in the order of the keys, and its blocks end together;
-//   - without a mask, the walks start evenly spread over the query blocks and go around: block r of
-//     the group's n starts floor(r m / n) of m query blocks before the end. All walks are of one
-//     length, so that the key blocks of all heads start in rounds of `group`: those of a head that
-//     start in one round are a group, or some would wait for others that start a walk later.
+// Other heads, under a mask: the last key block first, as they start. Each walks upwards from the
+// first query block that sees it. A later key block starts sooner, and at a later query block, so
+// where two meet it is ahead by both.
 //
-// Where heads go side by side (tail_heads), each has its share of the room, and walks upwards.
+// So far a thread block waits only for ones of lower index, which start first.
 //
-// A block waits only for blocks of earlier groups, or for steps of its own group that come earlier
-// (by head, step and r, or by the order of the keys), so none waits for itself in a circle.
+// Other heads, without a mask: the key blocks are taken in groups of neighbours, which run side by
+// side: `group` is what the GPU has room for at a time. Groups add in the order of the keys. Inside
+// a group the walks start evenly spread over the query blocks and go around: block r of the group's
+// n starts floor(r m / n) of m query blocks before the end, and the order is that in which they
+// arrive. All walks are of one length, so that the key blocks of all heads start in rounds of
+// `group`: those of a head that start in one round are a group, or some would wait for others that
+// start a walk later. A block waits only for blocks of earlier groups, or for steps of its own
+// group that come earlier (by head, step and r), so none waits for itself in a circle.
 #pragma once
 
 #include "window.h"
@@ -29,7 +29,7 @@ namespace flash_attn2 {
 struct TurnOrder {
   VisibleKeys visible;
   int tile_m, tile_n, key_blocks, group;
-  bool around, downwards;  // neither: upwards
+  bool downwards, around;  // the walks; neither: upwards
   int shift;               // around: place in its round of the head's first key block
 
   // `head`: of all KV heads of the batch.
@@ -39,15 +39,9 @@ struct TurnOrder {
         tile_n(tile_n),
         key_blocks(ceil_div(visible.seqlen_k, tile_n)),
         group(params.turn_group),
-        around(visible.left < 0 && visible.right < 0),
-        downwards(!around && params.turns_alternate && head % 2 == 1),
-        shift(around ? unsigned(head) * key_blocks % group : 0) {  // no overflow: see the plan
-    const int heads = params.shape.batch * params.shape.heads_k;
-    if (head >= heads - params.tail_heads) {
-      group = group > params.tail_heads ? group / params.tail_heads : 1;
-      downwards = false;
-    }
-  }
+        downwards(head >= params.shape.batch * params.shape.heads_k - params.tail_heads),
+        around(!downwards && visible.left < 0 && visible.right < 0),
+        shift(around ? unsigned(head) * key_blocks % group : 0) {}  // no overflow: see the plan
 
   // Key blocks of the group that `key_block` is in.
   FLASH_ATTN2_HOST_DEVICE BlockRange group_of(int key_block) const {
@@ -67,15 +61,12 @@ struct TurnOrder {
 
   // How many key blocks add to the dQ of `query_block` before `key_block`.
   FLASH_ATTN2_HOST_DEVICE int turn(int key_block, int query_block) const {
-    const BlockRange members = group_of(key_block);
     if (!around) {
       const BlockRange keys = visible.key_blocks(query_block * tile_m, tile_m, tile_n);
-      if (downwards) return key_block - keys.begin;
-      const int begin = members.begin > keys.begin ? members.begin : keys.begin;
-      const int end = members.end < keys.end ? members.end : keys.end;
-      return (begin - keys.begin) + (end - 1 - key_block);
+      return downwards ? key_block - keys.begin : keys.end - 1 - key_block;
     }
     // The walks that go around before they arrive are first, in the order of the keys.
+    const BlockRange members = group_of(key_block);
     const int count = members.end - members.begin, r = key_block - members.begin;
     const unsigned blocks = ceil_div(visible.seqlen_q, tile_m);
     const int first = ((blocks - query_block) * count + blocks - 1) / blocks;

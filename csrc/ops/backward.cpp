@@ -54,7 +54,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   params.dq_lag = plan.dq_lag;
   params.tail_heads = plan.tail_heads;
   params.turn_group = plan.turn_group;
-  params.turns_alternate = plan.turns_alternate;
+  params.heads_together = plan.heads_together;
+  params.last_block_first = plan.last_block_first;
   carve_workspace(params, workspace.mutable_data_ptr(), plan.workspace);
   plan.row->backward(params, plan.launch, c10::cuda::getCurrentCUDAStream().stream());
   if (scaled.q_factor != 1) dq.mul_(scaled.q_factor);

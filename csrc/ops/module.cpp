@@ -110,8 +110,9 @@ py::dict plan_to_dict(const Problem& problem, const DeviceLimits& device) {
   result["dq_slots"] = plan.dq_slots;
   result["dq_lag"] = plan.dq_lag;
   result["tail_heads"] = plan.tail_heads;
+  result["heads_together"] = plan.heads_together;
+  result["last_block_first"] = plan.last_block_first;
   result["turn_group"] = plan.turn_group;
-  result["turns_alternate"] = plan.turns_alternate;
   result["window_left"] = problem.window.left;
   result["window_right"] = problem.window.right;
   result["description"] = describe(plan);
@@ -141,10 +142,12 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t seqlen_q, int
 }
 
 // For every thread block of the backward the (key block, head) it works on.
-std::vector<std::pair<int, int>> backward_order(int key_blocks, int heads, int tail_heads) {
+std::vector<std::pair<int, int>> backward_order(int key_blocks, int heads, int tail_heads,
+                                                int heads_together, bool last_block_first) {
   std::vector<std::pair<int, int>> order;
   for (int index = 0; index < key_blocks * heads; ++index) {
-    const TileCoord tile = backward_tile(index, key_blocks, heads, 1, tail_heads);
+    const TileCoord tile =
+        backward_tile(index, key_blocks, heads, 1, tail_heads, heads_together, last_block_first);
     order.emplace_back(tile.block, tile.head);
   }
   return order;
@@ -160,7 +163,6 @@ std::vector<std::vector<std::pair<int, int>>> turn_order(int64_t seqlen_q, int64
   params.tail_heads = tail_heads;
   params.window = make_window(window_left, window_right, params.shape);
   params.turn_group = group;
-  params.turns_alternate = true;
   const TurnOrder order(params, tile_m, tile_n, head);
   std::vector<std::vector<std::pair<int, int>>> walks;
   for (int key_block = 0; key_block * tile_n < seqlen_k; ++key_block) {
@@ -214,14 +216,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("turn_order", &turn_order,
         "The deterministic backward's order (csrc/core/turn_order.h) for one head: for every key "
         "block the query blocks that it visits, in order, each with the number of key blocks that "
-        "add to its dQ before. Odd heads go downwards, as they do where the plan lets them.",
+        "add to its dQ before.",
         py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
         py::arg("tile_m"), py::arg("tile_n"), py::arg("group"), py::arg("head") = 0,
         py::arg("heads") = 1, py::arg("tail_heads") = 0);
   m.def("backward_order", &backward_order,
         "The (key block, head) of every thread block of the backward, by index "
         "(csrc/core/schedule.h).",
-        py::arg("key_blocks"), py::arg("heads"), py::arg("tail_heads"));
+        py::arg("key_blocks"), py::arg("heads"), py::arg("tail_heads"), py::arg("heads_together"),
+        py::arg("last_block_first"));
   m.def(
       "force_family",
       [](const std::string& family) {

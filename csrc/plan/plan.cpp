@@ -24,6 +24,9 @@ constexpr int64_t kRowsOfRing = 1024;
 constexpr int64_t kMaskedRowsOfRing = 4096;
 constexpr int64_t kRowsOfTallRing = 4096;
 constexpr int kTallestOfLongRing = 64;
+// See heads_in_turn.
+constexpr int64_t kRoundsInTurn = 12;
+constexpr int64_t kStepsToStartAndEnd = 2;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -214,20 +217,53 @@ bool ring_pays(const KernelRow& row, const Problem& problem) {
   return row.tile_m > kTallestOfLongRing ? rows <= kRowsOfTallRing : rows >= kRowsOfRing;
 }
 
+// Deterministic, without a mask: how many KV heads go side by side, so that a key block of a head
+// starts when the one before is a step or more ahead (core/turn_order.h); 0: none. It takes a
+// head's key blocks at the start of the grid, and again at its end, as many steps to get there, so
+// it pays where rounds of the GPU are many, and walks that go around would follow each other
+// closely, or have more of a head in use at a time than L2 holds.
+int64_t heads_in_turn(const KernelRow& row, const Problem& problem, int64_t thread_blocks,
+                      const DeviceLimits& device) {
+  const AttentionShape& shape = problem.shape;
+  if (!problem.deterministic || is_masked(problem.window)) return 0;
+  const int64_t row_bytes = (kBytesPerElement + sizeof(float)) * shape.head_dim +
+                            kBytesPerElement * shape.head_dim_v;  // of Q, dQ's sums and dO
+  const bool close = row.tile_n <= row.tile_m;
+  const bool large = shape.seqlen_q * row_bytes > device.l2_bytes / 2;
+  if (!(close || large) || thread_blocks < kRoundsInTurn * device.sm_count) return 0;
+  const int64_t steps =
+      shape.heads_q / shape.heads_k * query_tiles(row, shape) + kStepsToStartAndEnd;
+  return std::max<int64_t>(5 * device.sm_count / (4 * steps), 1);
+}
+
+// The order of the key blocks (core/schedule.h), and how far behind dQ is converted
+// (sm90/dq_accumulator.cuh). Where key blocks differ in length, the heads of the last round go side
+// by side.
+//
 // Where dQ is converted on the way: thread blocks whose index is lower by a whole round of the GPU
 // have mostly ended, so that what they added can be converted; and one round later that has been
-// done, too. Else all KV heads have a slot, and the post-process converts them.
-//
-// Where key blocks differ in length, the heads of the last round go side by side. No more than
-// that: a thread block waits only for heads that come a lag before, and those must not be in the
-// tail, too.
+// done, too. Two rounds where the longest key block of a head is the last to start, and two times
+// the heads that go side by side. Else all KV heads have a slot, and the post-process converts
+// them.
 void plan_heads(Plan& plan, const Problem& problem, const DeviceLimits& device) {
   const KernelRow& row = *plan.row;
   const int64_t heads = int64_t{problem.shape.batch} * problem.shape.heads_k;
   const int64_t key_blocks = std::max<int64_t>(ceil_div(problem.shape.seqlen_k, row.tile_n), 1);
   const int64_t round = ceil_div(device.sm_count, key_blocks) + 1;
-  const int64_t lag = ring_pays(row, problem) ? round : heads;
-  if (!tiles_are_equal(problem.window)) plan.tail_heads = static_cast<int>(std::min(round, heads));
+  const int64_t in_turn = heads_in_turn(row, problem, heads * key_blocks, device);
+  int64_t lag = round, tail = 0, together = 1;
+  if (in_turn > 0) {
+    tail = heads;
+    together = in_turn;
+    lag = 2 * in_turn;
+  } else if (!tiles_are_equal(problem.window)) {
+    tail = together = round;
+    if (problem.deterministic) lag = 2 * round;
+  }
+  if (!ring_pays(row, problem)) lag = heads;
+  plan.tail_heads = static_cast<int>(std::min(tail, heads));
+  plan.heads_together = static_cast<int>(std::min(together, heads));
+  plan.last_block_first = problem.deterministic && is_masked(problem.window);
   plan.dq_lag = static_cast<int>(std::min(lag, heads));
   plan.dq_slots = static_cast<int>(std::min(2 * lag, heads));
 }
@@ -352,11 +388,7 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
         count_blocks("seqlen_k", shape.seqlen_k, row.tile_n, int64_t{shape.batch} * shape.heads_k);
     plan_heads(plan, problem, device);
     plan.workspace = lay_out(row, problem, plan.dq_slots);
-    if (problem.deterministic) {
-      plan.turn_group = turn_group(row, shape, device);
-      const int64_t key_blocks = ceil_div(shape.seqlen_k, row.tile_n);
-      plan.turns_alternate = 2 * key_blocks > device.sm_count;  // one head at a time
-    }
+    if (problem.deterministic) plan.turn_group = turn_group(row, shape, device);
   }
   return plan;
 }

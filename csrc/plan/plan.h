@@ -50,8 +50,9 @@ struct Plan {
   int dq_slots = 1;         // backward: see sm90/dq_accumulator.cuh
   int dq_lag = 0;
   int tail_heads = 0;  // see core/schedule.h
+  int heads_together = 1;
+  bool last_block_first = false;
   int turn_group = 1;  // deterministic backward: see core/turn_order.h
-  bool turns_alternate = false;
 };
 
 // A row that was not chosen, and why.

@@ -111,7 +111,8 @@ struct KeyBlock {
       : params(params),
         visible(params.shape, params.window),
         coord(backward_tile(index, ceil_div(params.shape.seqlen_k, Traits::kTileN),
-                            params.shape.heads_k, params.shape.batch, params.tail_heads)),
+                            params.shape.heads_k, params.shape.batch, params.tail_heads,
+                            params.heads_together, /*last_block_first=*/false)),
         key_begin(coord.block * Traits::kTileN) {}
 
   // Index of the step's query block among those of all heads: its tile of the dQ accumulator; times

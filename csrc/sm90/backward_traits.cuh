@@ -118,7 +118,7 @@ __device__ __forceinline__ int tiles_before_slots(const BackwardParams& params, 
 template <class Traits>
 __device__ __forceinline__ TileCoord tile_of(const BackwardParams& params, unsigned index) {
   return backward_tile(index, key_blocks<Traits>(params), params.shape.heads_k, params.shape.batch,
-                       params.tail_heads);
+                       params.tail_heads, params.heads_together, params.last_block_first);
 }
 
 // What a thread block works on: key block `coord.block` of KV head `coord.head`, for `steps` pairs
