@@ -222,6 +222,8 @@ CAUSAL, WINDOW = {"window_right": 0}, {"window_left": 100, "window_right": 0}
         (64, 4097, {}, False),
         (128, 1023, {}, False),
         (128, 1024, {}, True),
+        (128, 2047, {"deterministic": True}, False),
+        (128, 2048, {"deterministic": True}, True),
         (64, 4096, CAUSAL, True),
         (128, 4095, CAUSAL, False),
         (128, 4096, CAUSAL, True),

@@ -252,10 +252,14 @@ def test_time_limit_stops_training_with_a_verdict(text, tmp_path, capsys):
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(text, tmp_path):
     command = [sys.executable, str(EXAMPLES / "train_gpt.py"), *TINY, "--data", text]
     command += ["--out", str(tmp_path), "--steps", "1000000", "--checkpoint-every", "5"]
-    # One thread: beside other tests, more would wait for each other in every operation.
+    paths = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        "PYTHONPATH": os.pathsep.join(paths),  # the package, if it is not installed
+        "OMP_NUM_THREADS": "1",  # beside other tests, more would wait for each other all the time
+    }
     process = subprocess.Popen(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -21,6 +21,7 @@ constexpr int64_t kManyRounds = 7;
 constexpr int kTallestHeadByHead = 128;
 // See ring_pays.
 constexpr int64_t kRowsOfRing = 1024;
+constexpr int64_t kRowsOfDeterministicRing = 2048;
 constexpr int64_t kMaskedRowsOfRing = 4096;
 constexpr int64_t kRowsOfTallRing = 4096;
 constexpr int kTallestOfLongRing = 64;
@@ -206,15 +207,17 @@ int heads_of_persistent_group(const AttentionShape& shape, const Window& window,
 }
 
 // Whether to convert dQ on the way. Under a causal mask thread blocks end at different times, and
-// those that convert wait for them; with few products the conversion is not hidden; and the tall
-// tiles of small head dims gain only where the memory is the limit. docs/performance.md has the
-// measurements. Between two bounds of a window there are few products a row.
+// those that convert wait for them; with few products the conversion is not hidden, with one warp
+// that converts, as in deterministic mode, less than with three; and the tall tiles of small head
+// dims gain only where the memory is the limit. docs/performance.md has the measurements. Between
+// two bounds of a window there are few products a row.
 bool ring_pays(const KernelRow& row, const Problem& problem) {
   const Window& window = problem.window;
   const int64_t rows = problem.shape.seqlen_q;
   if (!row.dq_ring || (window.left >= 0 && window.right >= 0)) return false;
   if (is_masked(window)) return rows >= kMaskedRowsOfRing;
-  return row.tile_m > kTallestOfLongRing ? rows <= kRowsOfTallRing : rows >= kRowsOfRing;
+  if (row.tile_m > kTallestOfLongRing) return rows <= kRowsOfTallRing;
+  return rows >= (problem.deterministic ? kRowsOfDeterministicRing : kRowsOfRing);
 }
 
 // Deterministic, without a mask: how many KV heads go side by side, so that a key block of a head
