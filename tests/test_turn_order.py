@@ -36,6 +36,14 @@ def draw_problem(rng: random.Random, mask: str) -> dict:
     }
 
 
+def is_masked(problem: dict) -> bool:
+    """As the plan has it, for which a window beyond the ends is none."""
+    return (
+        0 <= problem["window_left"] < problem["seqlen_k"] - 1
+        or 0 <= problem["window_right"] < problem["seqlen_q"] - 1
+    )
+
+
 def grid_of_walks(problem: dict, heads_together: int) -> list:
     """The walks of all heads' key blocks, as their thread blocks start: ((head, query block), turn)
     for every step."""
@@ -46,12 +54,8 @@ def grid_of_walks(problem: dict, heads_together: int) -> list:
         ]
         for head in range(problem["heads"])
     ]
-    masked = (  # as the plan has it, for which a window beyond the ends is none
-        0 <= problem["window_left"] < problem["seqlen_k"] - 1
-        or 0 <= problem["window_right"] < problem["seqlen_q"] - 1
-    )
     order = ops.EXTENSION.backward_order(
-        len(walks[0]), problem["heads"], problem["tail_heads"], heads_together, masked
+        len(walks[0]), problem["heads"], problem["tail_heads"], heads_together, is_masked(problem)
     )
     return [walks[head][block] for block, head in order]
 
@@ -120,7 +124,7 @@ def test_all_walks_end(mask, seed):
     for _ in range(30):
         problem = draw_problem(rng, mask)
         together = rng.randint(1, max(problem["tail_heads"], 1))
-        in_order = mask != "full" or problem["tail_heads"] == problem["heads"]
+        in_order = is_masked(problem) or problem["tail_heads"] == problem["heads"]
         resident = rng.randint(1, 20) if in_order else problem["group"]
         assert time_to_finish(grid_of_walks(problem, together), resident, 0.5) is not None
 
@@ -137,8 +141,9 @@ def test_nobody_waits_where_all_run_side_by_side(left, right, tile_m):
             "tile_m": tile_m,
             "tile_n": 128,
             "group": 32,
-        }
-        | {"heads": 1, "tail_heads": 0},
+            "heads": 1,
+            "tail_heads": 0,
+        },
         1,
     )
     assert len(walks) == 32
@@ -174,11 +179,13 @@ def test_turns_take_hardly_any_time(head_dim, right, seqlen):
     heads = 2048 // head_dim
     arguments = ("backward", 16384 // seqlen, seqlen, seqlen, heads, heads, head_dim, head_dim)
     plans = [
-        ops.EXTENSION.plan(*arguments, window_right=right, deterministic=deterministic)
+        ops.EXTENSION.plan(
+            *arguments, window_right=right, deterministic=deterministic, family="sm90"
+        )
         for deterministic in (False, True)
     ]
     if plans[0]["kernel"] is None:
-        pytest.skip(f"no kernel for head_dim {head_dim} in this build")
+        pytest.skip(f"no sm90 kernel for head_dim {head_dim} in this build")
     default, deterministic = (
         grid_of_walks(
             {
@@ -283,10 +290,10 @@ def test_the_plan_lets_the_heads_of_the_last_round_go_side_by_side():
 
 def plan_in_turn(batch, seqlen_q, seqlen_k, head_dim, **options):
     found = ops.EXTENSION.plan(
-        "backward", batch, seqlen_q, seqlen_k, 4, 4, head_dim, head_dim, **options
+        "backward", batch, seqlen_q, seqlen_k, 4, 4, head_dim, head_dim, family="sm90", **options
     )
     if found["kernel"] is None:
-        pytest.skip(f"no kernel for head_dim {head_dim} in this build")
+        pytest.skip(f"no sm90 kernel for head_dim {head_dim} in this build")
     return found
 
 
