@@ -44,7 +44,7 @@ def is_masked(problem: dict) -> bool:
     )
 
 
-def grid_of_walks(problem: dict, heads_together: int) -> list:
+def grid_of_walks(problem: dict, heads_together: int, last_block_first: bool) -> list:
     """The walks of all heads' key blocks, as their thread blocks start: ((head, query block), turn)
     for every step."""
     walks = [
@@ -55,7 +55,7 @@ def grid_of_walks(problem: dict, heads_together: int) -> list:
         for head in range(problem["heads"])
     ]
     order = ops.EXTENSION.backward_order(
-        len(walks[0]), problem["heads"], problem["tail_heads"], heads_together, is_masked(problem)
+        len(walks[0]), problem["heads"], problem["tail_heads"], heads_together, last_block_first
     )
     return [walks[head][block] for block, head in order]
 
@@ -126,26 +126,25 @@ def test_all_walks_end(mask, seed):
         together = rng.randint(1, max(problem["tail_heads"], 1))
         in_order = is_masked(problem) or problem["tail_heads"] == problem["heads"]
         resident = rng.randint(1, 20) if in_order else problem["group"]
-        assert time_to_finish(grid_of_walks(problem, together), resident, 0.5) is not None
+        walks = grid_of_walks(problem, together, is_masked(problem))
+        assert time_to_finish(walks, resident, 0.5) is not None
 
 
 @pytest.mark.parametrize("left, right", [(-1, -1), (-1, 0), (512, 0)])
 @pytest.mark.parametrize("tile_m", [64, 128])
 def test_nobody_waits_where_all_run_side_by_side(left, right, tile_m):
-    walks = grid_of_walks(
-        {
-            "seqlen_q": 4096,
-            "seqlen_k": 4096,
-            "window_left": left,
-            "window_right": right,
-            "tile_m": tile_m,
-            "tile_n": 128,
-            "group": 32,
-            "heads": 1,
-            "tail_heads": 0,
-        },
-        1,
-    )
+    problem = {
+        "seqlen_q": 4096,
+        "seqlen_k": 4096,
+        "window_left": left,
+        "window_right": right,
+        "tile_m": tile_m,
+        "tile_n": 128,
+        "group": 32,
+        "heads": 1,
+        "tail_heads": 0,
+    }
+    walks = grid_of_walks(problem, 1, is_masked(problem))
     assert len(walks) == 32
     assert time_to_finish(walks, 32, 0.9) == max(map(len, walks))
 
@@ -166,9 +165,8 @@ def test_nobody_waits_where_the_heads_follow_each_other_in_rounds(key_blocks):
         "tail_heads": 0,
     }
     rounds = -(-heads * key_blocks // resident)
-    assert (
-        time_to_finish(grid_of_walks(problem, 1), resident, 0.9) <= rounds * query_blocks + rounds
-    )
+    walks = grid_of_walks(problem, 1, False)
+    assert time_to_finish(walks, resident, 0.9) <= rounds * query_blocks + rounds
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -200,6 +198,7 @@ def test_turns_take_hardly_any_time(head_dim, right, seqlen):
                 "tail_heads": plan["tail_heads"],
             },
             plan["heads_together"],
+            plan["last_block_first"],
         )
         for plan in plans
     )
@@ -316,7 +315,7 @@ def test_the_plan_lets_heads_go_side_by_side_where_rounds_are_many():
     # 8 key blocks of 128, which take 8 steps each and 2 more: 16 heads start in 10 steps.
     few, many = 12 * 132 // 32, 12 * 132 // 32 + 1
     assert plan(few)[:2] == (0, 1)
-    assert plan(many) == (4 * many, 16, 32, 64)
+    assert plan(many) == (4 * many, 16, 32, 64)  # a lag is no fewer than go side by side
     assert plan(many, deterministic=False)[:2] == (0, 1)
     # Under a mask the longest key block starts last, and ends two rounds later.
     assert plan(many, window_right=0)[:2] == (18, 18)
@@ -326,3 +325,17 @@ def test_the_plan_lets_heads_go_side_by_side_where_rounds_are_many():
     assert plan_in_turn(64, 4096, 4096, 128, deterministic=True)["tail_heads"] == 0
     long = plan_in_turn(8, 32768, 32768, 128, deterministic=True)
     assert (long["tail_heads"], long["heads_together"]) == (32, 1)
+
+
+def test_only_sm90_starts_with_the_last_key_block():
+    def starts(**options):
+        return plan_in_turn(1, 512, 512, 64, **options)["last_block_first"]
+
+    assert starts(deterministic=True, window_right=0)
+    assert starts(deterministic=True, window_left=100)
+    assert not starts(window_right=0)
+    assert not starts(deterministic=True)
+    sm80 = ops.EXTENSION.plan(
+        "backward", 1, 512, 512, 4, 4, 64, 64, window_right=0, deterministic=True, family="sm80"
+    )
+    assert not sm80["last_block_first"]

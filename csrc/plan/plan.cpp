@@ -246,8 +246,9 @@ int64_t heads_in_turn(const KernelRow& row, const Problem& problem, int64_t thre
 // Where dQ is converted on the way: thread blocks whose index is lower by a whole round of the GPU
 // have mostly ended, so that what they added can be converted; and one round later that has been
 // done, too. Two rounds where the longest key block of a head is the last to start, and two times
-// the heads that go side by side. Else all KV heads have a slot, and the post-process converts
-// them.
+// the heads that go side by side. A thread block waits for heads that come a lag before: those must
+// not be side by side with its own, so a lag is no fewer than those. Else all KV heads have a slot,
+// and the post-process converts them.
 void plan_heads(Plan& plan, const Problem& problem, const DeviceLimits& device) {
   const KernelRow& row = *plan.row;
   const int64_t heads = int64_t{problem.shape.batch} * problem.shape.heads_k;
@@ -266,7 +267,9 @@ void plan_heads(Plan& plan, const Problem& problem, const DeviceLimits& device) 
   if (!ring_pays(row, problem)) lag = heads;
   plan.tail_heads = static_cast<int>(std::min(tail, heads));
   plan.heads_together = static_cast<int>(std::min(together, heads));
-  plan.last_block_first = problem.deterministic && is_masked(problem.window);
+  // sm80 adds in the order of the keys.
+  plan.last_block_first =
+      row.family == "sm90" && problem.deterministic && is_masked(problem.window);
   plan.dq_lag = static_cast<int>(std::min(lag, heads));
   plan.dq_slots = static_cast<int>(std::min(2 * lag, heads));
 }
