@@ -7,8 +7,7 @@
 //   dout_full[s]     1 (producer) + bytes   stage s holds dO and delta           consumers
 //   q_empty[s]       8 (consumer warps)     Q and LSE of the step are used       producer
 //   dout_empty[s]    8 (consumer warps)     dO and delta of the step are used    producer
-//   p_full[b]        8 (consumer warps)     buffer b holds P; kColumns only      consumers
-//   ds_full[b]       8; kRoles: 128         buffer b holds a step's dS           consumers
+//   ds_full[b]       8; kRoles: 128         buffer b holds dS (kColumns: and P)  consumers
 //   dq_full          1 (converter) + bytes  a part of an earlier head's dQ came  converters
 //   done             8 (consumer warps)     nobody reads K and V any more        all
 //   turn_come        1 (turn taker)         the next part of dQ may be added     consumers
@@ -38,7 +37,7 @@ template <int kStages, int kDoutStages, int kScoreBuffers, int kDsArrivals>
 struct BackwardBarriers {
   LoadBarrier k_full, v_full, q_full[kStages], dout_full[kDoutStages], dq_full;
   Barrier q_empty[kStages], dout_empty[kDoutStages];
-  Barrier p_full[kScoreBuffers], ds_full[kScoreBuffers];
+  Barrier ds_full[kScoreBuffers];
   Barrier done, turn_come, turn_used, turn_seen;
 
   // By one thread, before any use; __syncthreads afterwards.
@@ -55,10 +54,7 @@ struct BackwardBarriers {
       dout_full[i].init(1);
       dout_empty[i].init(kConsumerWarps);
     }
-    for (int i = 0; i < kScoreBuffers; ++i) {
-      p_full[i].init(kConsumerWarps);
-      ds_full[i].init(kDsArrivals);
-    }
+    for (int i = 0; i < kScoreBuffers; ++i) ds_full[i].init(kDsArrivals);
     done.init(kConsumerWarps);
     turn_come.init(1);
     turn_used.init(kConsumerWarps);

@@ -72,7 +72,6 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
       acc(i) = exp2f(acc(i) * scale_log2 - lse_of_row[i / 2 % 2]);
     }
     store_scores(acc, tile_p(step));
-    arrive_as_warp(smem.barriers.p_full[Scores{uint32_t(step)}.stage()], thread);
   }
 
   // B4: dS = P (dP - D), in place of dP and to shared memory.
@@ -98,16 +97,13 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     if constexpr (kKeys % 16 != 0) {
       store_half_block<SM90_U16x4_STSM_T>(values, kKeys / 16, target + kKeys / 16 * 16 * kTileM);
     }
-    cutlass::arch::fence_view_async_shared();
   }
 
-  // Starts dV^T += dO^T P (B5).
+  // Starts dV^T += dO^T P (B5), after wait_for_ds: a consumer stores P before dS.
   __device__ __forceinline__ void start_dv(int step) {
     auto dout = operand_a<MmaDkv>(
         part<kColumnsV, kTileM>(transposed(this->tile_dout(step)), recompute(consumer), 0));
     const auto p = operand_b<MmaDkv>(tile_p(step));
-    const Scores ring{uint32_t(step)};
-    smem.barriers.p_full[ring.stage()].wait(ring.parity());
     start_gemm<MmaDkv, Accumulate::kYes>(dout, p, acc_dv);
   }
   // Starts dK^T += Q^T dS (B6).

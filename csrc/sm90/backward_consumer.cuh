@@ -76,9 +76,12 @@ struct BackwardConsumer {
     const DoutStages ring{uint32_t(step)};
     smem.barriers.dout_full[ring.stage()].wait(ring.parity());
   }
+  // Then wgmma may read what all consumers have stored for the step. The fence is here and not
+  // before their arrival, where each would wait for its stores to land.
   __device__ __forceinline__ void wait_for_ds(int step) const {
     const Scores ring{uint32_t(step)};
     smem.barriers.ds_full[ring.stage()].wait(ring.parity());
+    cutlass::arch::fence_view_async_shared();
   }
   // The step's query tile, after wait_for_q and before release_q.
   __device__ __forceinline__ QueryTile query_tile(int step) const {

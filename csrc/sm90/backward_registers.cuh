@@ -118,17 +118,24 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
     }
   }
 
+  // Where in a buffer of dS this thread's first stmatrix row lies.
+  __device__ __forceinline__ int find_ds_place() const {
+    const StoreLane lane = StoreLane::columns(thread);
+    const auto tile = this->tile_ds(0);
+    return &tile(int(lane.column), first_key() + thread / 32 * 16 + lane.row) - smem.ds[0];
+  }
+  // With 128 queries a step there is no register to keep it in.
+  const int ds_place = kTileM == 128 ? 0 : find_ds_place();
+
   // This consumer's (keys, queries) part of dS^T to the (queries, keys) tile.
   template <class Fragment>
   __device__ __forceinline__ void store_score_gradients(const Fragment& ds, int step) const {
-    const StoreLane lane = StoreLane::columns(thread);
-    const auto tile = this->tile_ds(step);
-    Element* target = &tile(int(lane.column), first_key() + thread / 32 * 16 + lane.row);
+    Element* target = smem.ds[typename Base::Scores{uint32_t(step)}.stage()] +
+                      (kTileM == 128 ? find_ds_place() : ds_place);
     CUTE_UNROLL
     for (int block = 0; block < kTileM / 16; ++block) {  // the swizzle repeats every 8 rows
       store_block<SM90_U16x8_STSM_T>(ds, block, target + 16 * block * kBoxColumns<kTileN>);
     }
-    cutlass::arch::fence_view_async_shared();
     Barrier& full = smem.barriers.ds_full[typename Base::Scores{uint32_t(step)}.stage()];
     if constexpr (Traits::kDsArrivals == kConsumers * kWarpsPerGroup) {
       arrive_as_warp(full, thread);

@@ -54,9 +54,8 @@ struct BackwardTraits {
   static_assert(kDqRows == 64);
 
   // Buffers of dS (kColumns: and of P). A consumer writes that of step n when it knows that the
-  // other one has stored dS of step n - 1 (kKeys), P of step n - 1 (kColumns) or P of step n
-  // (kRoles). The other one has then finished dQ of step n - 3, which ran one step late, or all of
-  // step n - 2.
+  // other one has stored dS of step n - 1 (kKeys, kColumns) or P of step n (kRoles). The other one
+  // has then finished dQ of step n - 3, which ran one step late, or all of step n - 2.
   static constexpr int kScoreBuffers = kSplit == ConsumerSplit::kKeys ? 3 : 2;
   static constexpr int kDsArrivals =
       kSplit == ConsumerSplit::kRoles ? kWarpGroupThreads : kConsumers * kWarpsPerGroup;
