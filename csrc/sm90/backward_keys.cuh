@@ -27,8 +27,9 @@ struct KeysConsumer : RegisterConsumer<Traits> {
     this->start_scores(step, acc_p);
     this->start_dp(step, acc_ds);
     const int tile = this->query_tile(step).sums;
-    finish_gemm<0>(acc_p, acc_ds);
+    finish_gemm<1>(acc_p);
     this->make_probabilities(step, acc_p);
+    finish_gemm<0>(acc_ds);
     const auto probabilities = [&](int i) {
       return make_float4(acc_p(i), acc_p(i + 1), acc_p(i + 2), acc_p(i + 3));
     };
