@@ -254,21 +254,10 @@ __device__ __forceinline__ auto convert(const Tensor_& source) {
 template <class Element, class Mma, class Acc, class Tile>
 __device__ __forceinline__ void store_accumulators(Mma mma, const Acc& acc, Tile&& tile,
                                                    int thread) {
-  // Both ((column, row), m, n): two neighbouring columns are a word. (A tiled copy does the same,
-  // at 18 s of nvcc for each kernel.)
-  auto target = mma.get_thread_slice(thread).partition_C(tile);
-  auto words = recast<uint32_t>(convert<Element>(acc));
-  CUTE_UNROLL
-  for (int n = 0; n < size<2>(acc); ++n) {
-    CUTE_UNROLL
-    for (int m = 0; m < size<1>(acc); ++m) {
-      CUTE_UNROLL
-      for (int row = 0; row < 2; ++row) {
-        auto& first = target(make_coord(_0{}, row), m, n);
-        reinterpret_cast<uint32_t&>(first) = words(make_coord(_0{}, row), m, n);
-      }
-    }
-  }
+  using Atom = Copy_Atom<UniversalCopy<uint32_t>, Element>;
+  auto thr_copy = make_tiled_copy_C(Atom{}, mma).get_thread_slice(thread);
+  auto values = convert<Element>(acc);
+  copy(Atom{}, thr_copy.retile_S(values), thr_copy.partition_D(tile));
 }
 
 }  // namespace flash_attn2::sm80
