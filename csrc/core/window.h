@@ -51,6 +51,11 @@ struct VisibleKeys {
     return {first(row_begin) / tile_n, ceil_div(end(row_end - 1), tile_n)};
   }
 
+  // Those of them of which each of the rows sees every key; a mask is for the others.
+  FLASH_ATTN2_HOST_DEVICE BlockRange whole_key_blocks(int row_begin, int tile_m, int tile_n) const {
+    return {ceil_div(first(row_begin + tile_m - 1), tile_n), end(row_begin) / tile_n};
+  }
+
   // Query blocks with at least one row that sees a key of [key_begin, key_begin + tile_n).
   FLASH_ATTN2_HOST_DEVICE BlockRange query_blocks(int key_begin, int tile_m, int tile_n) const {
     const int key_end = key_begin + tile_n < seqlen_k ? key_begin + tile_n : seqlen_k;

@@ -1,5 +1,7 @@
-// Every barrier of the sm90 backward: who arrives, who waits, how often. All are mbarriers but one;
-// a consumer warp arrives with one lane, except at ds_full in ConsumerSplit::kRoles.
+// Every barrier of the sm90 backward: who arrives, who waits, how often. A consumer warp arrives at
+// a mbarrier with one lane, except at ds_full in ConsumerSplit::kRoles.
+//
+// mbarriers:
 //
 //   barrier          arrivals a phase       completes when                       who waits
 //   k_full, v_full   1 (producer) + bytes   K, V are there                       consumers
@@ -25,6 +27,7 @@
 //   converters       96; deterministic mode: 32. Those warps of the producer's warpgroup alone
 //   shared_p         256: ConsumerSplit::kRoles; the buffer holds a step's P: P's consumer arrives,
 //                    dS's waits
+//   turn(w)          256: ConsumerSplit::kKeys; consumer w waits, the other one arrives
 #pragma once
 
 #include "barriers.h"
@@ -69,17 +72,25 @@ __device__ __forceinline__ void arrive_as_warp(Barrier& barrier, int thread) {
   if (thread % 32 == 0) barrier.arrive();
 }
 
-// The query tile of a step, for the consumers: its first row, and its place in dQ's accumulator.
+// The query tile of a step, for the consumers.
 struct alignas(8) QueryTile {
-  int row_begin, sums;
+  int rows;  // its first row, a multiple of 64, and in bit c whether consumer c has to mask it
+  int sums;  // its place in dQ's accumulator
+
+  __device__ __forceinline__ int row_begin() const { return rows & ~63; }
+  __device__ __forceinline__ bool masked(int consumer) const { return rows >> consumer & 1; }
 };
 
-// The same for words that the barrier's waiter overwrites: read by the lane that arrives, as
-// racecheck does not follow other lanes' reads to it.
-__device__ __forceinline__ QueryTile read_as_warp(const QueryTile& tile, int thread) {
+// These words are overwritten by who waits for the barrier: so the lane that arrives reads them, as
+// racecheck does not follow other lanes' reads to it. That is done before the products of S are
+// issued, behind whose operands the load would wait; `share` tells the other lanes after them.
+__device__ __forceinline__ QueryTile read_as_first_lane(const QueryTile& tile, int thread) {
   QueryTile read{0, 0};
   if (thread % 32 == 0) read = tile;
-  return {__shfl_sync(0xffffffffu, read.row_begin, 0), __shfl_sync(0xffffffffu, read.sums, 0)};
+  return read;
+}
+__device__ __forceinline__ QueryTile share(const QueryTile& read) {
+  return {__shfl_sync(0xffffffffu, read.rows, 0), __shfl_sync(0xffffffffu, read.sums, 0)};
 }
 
 // Named barriers; 0 is __syncthreads.
@@ -90,6 +101,7 @@ __device__ __forceinline__ void sync_converters(int threads) {
   cutlass::arch::NamedBarrier::sync(threads, 1 + kConsumers);
 }
 inline constexpr uint32_t kSharedPBarrier = 2 + kConsumers;
+using ConsumerTurns = Turns<kConsumers, kSharedPBarrier + 1>;
 __device__ __forceinline__ void announce_p() {
   cutlass::arch::NamedBarrier::arrive(kConsumers * kWarpGroupThreads, kSharedPBarrier);
 }

@@ -39,12 +39,14 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
   __device__ __forceinline__ int thread_row() const { return thread / 32 * 16 + thread % 32 / 4; }
   __device__ __forceinline__ int first_key() const { return recompute(consumer) * kKeys; }
 
-  // Starts S = Q K^T (B2).
-  __device__ __forceinline__ void start_scores(int step, AccS& acc) const {
+  // Starts S = Q K^T (B2). Returns the step's query tile, for `share`.
+  __device__ __forceinline__ QueryTile start_scores(int step, AccS& acc) const {
     auto q = operand_a<MmaS>(this->tile_q(step));
     const auto k = operand_b<MmaS>(part<kKeys, kHeadDim>(this->tile_k(), recompute(consumer), 0));
     this->wait_for_q(step);
+    const QueryTile tile = this->read_query_tile(step);
     start_gemm<MmaS, Accumulate::kNo>(q, k, acc);
+    return tile;
   }
   // Starts dP = dO V^T (B3).
   __device__ __forceinline__ void start_dp(int step, AccS& acc) const {
@@ -55,11 +57,11 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
   }
 
   // The rest of B2: P = exp2(S * scale - L), in place and to shared memory.
-  __device__ __forceinline__ void finish_scores(int step, int row_begin, AccS& acc) const {
-    const int key_begin = recompute(work.key_begin) + first_key();
-    const VisibleKeys visible(arguments.params.shape, arguments.params.window);
-    if (visible.tile_needs_mask(row_begin, kTileM, key_begin, kKeys)) {
-      const int row = row_begin + thread_row(), key = key_begin + thread % 4 * 2;
+  __device__ __forceinline__ void finish_scores(int step, const QueryTile& tile, AccS& acc) const {
+    if (tile.masked(recompute(consumer))) {
+      const VisibleKeys visible(arguments.params.shape, arguments.params.window);
+      const int row = tile.row_begin() + thread_row(),
+                key = recompute(work.key_begin) + first_key() + thread % 4 * 2;
       hide_columns(acc, [&](int j) {
         return BlockRange{visible.first(row + 8 * j) - key, visible.end(row + 8 * j) - key};
       });
@@ -121,11 +123,11 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
   __device__ __forceinline__ void take(int step, int& tile, float*& target) {
     AccS acc_p, acc_ds;
     AccDq acc_dq;
-    start_scores(step, acc_p);
+    QueryTile at = start_scores(step, acc_p);
     start_dp(step, acc_ds);
-    const QueryTile at = this->query_tile(step);
     finish_gemm<1>(acc_p);
-    finish_scores(step, at.row_begin, acc_p);
+    at = share(at);
+    finish_scores(step, at, acc_p);
     finish_gemm<0>(acc_ds);
     make_score_gradients(step, acc_p, acc_ds);
     this->wait_for_ds(step);

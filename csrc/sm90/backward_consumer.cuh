@@ -83,9 +83,9 @@ struct BackwardConsumer {
     smem.barriers.ds_full[ring.stage()].wait(ring.parity());
     cutlass::arch::fence_view_async_shared();
   }
-  // The step's query tile, after wait_for_q and before release_q.
-  __device__ __forceinline__ QueryTile query_tile(int step) const {
-    return read_as_warp(smem.tile[Stages{uint32_t(step)}.stage()], thread);
+  // The step's query tile, after wait_for_q and before release_q; for `share`.
+  __device__ __forceinline__ QueryTile read_query_tile(int step) const {
+    return read_as_first_lane(smem.tile[Stages{uint32_t(step)}.stage()], thread);
   }
   // The buffers of Q (and L) or of dO (and D) of a step are no longer needed.
   __device__ __forceinline__ void release_q(int step) const {

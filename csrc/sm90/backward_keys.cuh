@@ -5,16 +5,21 @@
 
 namespace flash_attn2::sm90 {
 
+// The consumers take turns with a part of each step. Left alone they fall into step: both wait for
+// products, then both for exponentials.
 template <class Traits>
 struct KeysConsumer : RegisterConsumer<Traits> {
   using Base = RegisterConsumer<Traits>;
-  using Base::Base, Base::smem, Base::work;
+  using Base::Base, Base::smem, Base::work, Base::consumer;
   using typename Base::AccDq, typename Base::AccS, typename Base::Element;
 
   // A thread's values of dS, and how many of them are made before dQ and dV are started; the rest
   // is made under these two. Only d64, with 128 queries a step, has registers to spare for it.
   static constexpr int kValues = size(AccS{});
   static constexpr int kEarlyGradients = Traits::kTileM == 128 ? kValues * 5 / 8 : kValues;
+
+  // The part: S and P, or P, dS and the start of dQ and dV. Found by trying.
+  static constexpr bool kScoresInTurn = Traits::kTileM == 128;
 
   typename Base::AccDk acc_dk;
   typename Base::AccDv acc_dv;
@@ -24,11 +29,14 @@ struct KeysConsumer : RegisterConsumer<Traits> {
   template <bool kFirst>
   __device__ __forceinline__ int take(int step, int last_tile) {
     AccS acc_p, acc_ds;
-    this->start_scores(step, acc_p);
+    if constexpr (kScoresInTurn) ConsumerTurns::wait(consumer);
+    QueryTile tile = this->start_scores(step, acc_p);
     this->start_dp(step, acc_ds);
-    const int tile = this->query_tile(step).sums;
     finish_gemm<1>(acc_p);
-    this->make_probabilities(step, acc_p);
+    if constexpr (!kScoresInTurn) ConsumerTurns::wait(consumer);
+    tile = share(tile);
+    this->make_probabilities(step, tile, acc_p);
+    if constexpr (kScoresInTurn) ConsumerTurns::pass(consumer);
     finish_gemm<0>(acc_ds);
     const auto probabilities = [&](int i) {
       return make_float4(acc_p(i), acc_p(i + 1), acc_p(i + 2), acc_p(i + 3));
@@ -41,6 +49,7 @@ struct KeysConsumer : RegisterConsumer<Traits> {
       this->start_dq(step - 1, 0, acc_dq);
     }
     this->start_dv(p, step, acc_dv);
+    if constexpr (!kScoresInTurn) ConsumerTurns::pass(consumer);
     CUTE_UNROLL
     for (int i = kEarlyGradients; i < size(acc_ds); ++i) {
       asm volatile("" : "+f"(acc_ds(i)));  // else the compiler moves the rest to the first part
@@ -56,12 +65,13 @@ struct KeysConsumer : RegisterConsumer<Traits> {
     finish_gemm<0>(acc_dv, acc_dk);
     this->release_q(step);
     this->release_dout(step);
-    return tile;
+    return tile.sums;
   }
 
   __device__ __forceinline__ void walk() {
     smem.barriers.k_full.wait(0);
     smem.barriers.v_full.wait(0);
+    ConsumerTurns::start(consumer);
     int tile = take<true>(0, 0);
     CUTE_NO_UNROLL
     for (int step = 1; step < work.steps; ++step) tile = take<false>(step, tile);

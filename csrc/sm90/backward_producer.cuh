@@ -30,11 +30,23 @@ struct BackwardProducer {
         arguments.v, open(smem.barriers.v_full, sizeof(smem.v)), smem.v,
         {work.key_begin, work.coord.head, work.coord.batch});
   }
+  // Bit c: some (row, key) of the part of S that consumer c makes is hidden.
+  __device__ __forceinline__ int consumers_to_mask(int row_begin) const {
+    const VisibleKeys visible(arguments.params.shape, arguments.params.window);
+    int consumers = 0;
+    CUTE_UNROLL
+    for (int c = 0; c < kConsumers; ++c) {
+      const int key_begin = work.key_begin + c * Traits::kKeys % Traits::kTileN;
+      consumers |= visible.tile_needs_mask(row_begin, Traits::kTileM, key_begin, Traits::kKeys)
+                   << c;
+    }
+    return consumers;
+  }
   // Also L of the rows, and where they and their dQ are. `tile`: tile_index of the step.
   __device__ __forceinline__ void load_q(int step, const QueryStep& at, int tile, int sums) const {
     const int stage = Ring<Traits::kStages>{uint32_t(step)}.stage();
     const int row_begin = at.block * Traits::kTileM;
-    smem.tile[stage] = {row_begin, sums};
+    smem.tile[stage] = {row_begin | consumers_to_mask(row_begin), sums};
     uint64_t* full = open(smem.barriers.q_full[stage], sizeof(smem.q[0]) + sizeof(smem.lse[0]));
     tma_load<Traits::kTileM, Traits::kHeadDim>(arguments.q, full, smem.q[stage],
                                                {row_begin, at.head, work.coord.batch});

@@ -61,12 +61,14 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
     return kTileN == kKeys ? 0 : recompute(consumer) * kKeys;
   }
 
-  // Starts S^T = K Q^T (B2).
-  __device__ __forceinline__ void start_scores(int step, AccS& acc) const {
+  // Starts S^T = K Q^T (B2). Returns the step's query tile, for `share`.
+  __device__ __forceinline__ QueryTile start_scores(int step, AccS& acc) const {
     auto k = operand_a<MmaS>(part<kKeys, kHeadDim>(this->tile_k(), first_key() / kKeys, 0));
     const auto q = operand_b<MmaS>(this->tile_q(step));
     this->wait_for_q(step);
+    const QueryTile tile = this->read_query_tile(step);
     start_gemm<MmaS, Accumulate::kNo>(k, q, acc);
+    return tile;
   }
   // Starts dP^T = V dO^T (B3).
   __device__ __forceinline__ void start_dp(int step, AccS& acc) const {
@@ -77,13 +79,12 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
   }
 
   // The rest of B2: P^T = exp2(S^T * scale - L), in place.
-  __device__ __forceinline__ void make_probabilities(int step, AccS& acc) const {
-    const int row_begin = this->query_tile(step).row_begin;
-    const int key_begin = recompute(work.key_begin) + first_key();
-    const VisibleKeys visible(arguments.params.shape, arguments.params.window);
-    if (visible.tile_needs_mask(row_begin, kTileM, key_begin, kKeys)) {
-      const int row = row_begin + thread % 4 * 2,
-                key = key_begin + thread / 32 * 16 + thread % 32 / 4;
+  __device__ __forceinline__ void make_probabilities(int step, const QueryTile& tile,
+                                                     AccS& acc) const {
+    if (tile.masked(recompute(consumer))) {
+      const VisibleKeys visible(arguments.params.shape, arguments.params.window);
+      const int row = tile.row_begin() + thread % 4 * 2,
+                key = recompute(work.key_begin) + first_key() + thread / 32 * 16 + thread % 32 / 4;
       hide_columns(acc, [&](int j) {
         const BlockRange rows = visible.rows_of_key(key + 8 * j);
         return BlockRange{rows.begin - row, rows.end - row};

@@ -41,16 +41,16 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
 
   // Turns S^T into P^T, and shows it to the other consumer, which is known to have read the last
   // one by its dS (wait_for_ds). Returns the index of the query tile.
-  __device__ __forceinline__ int finish_scores(int step, AccS& acc) const {
-    this->make_probabilities(step, acc);
-    const int tile = this->query_tile(step).sums;
+  __device__ __forceinline__ int finish_scores(int step, QueryTile tile, AccS& acc) const {
+    tile = share(tile);
+    this->make_probabilities(step, tile, acc);
     this->release_q(step);
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 4) {
       this->shared_p(i) = make_float4(acc(i), acc(i + 1), acc(i + 2), acc(i + 3));
     }
     announce_p();
-    return tile;
+    return tile.sums;
   }
 
   // B5 and B7 of a step whose P^T is in `acc`, and, except in the last, B2 of the next one, whose
@@ -60,7 +60,8 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
     auto p = to_operand_a<Element, typename Base::MmaDv>(acc);
     this->wait_for_dout(step);
     this->start_dv(p, step, acc_dv);
-    if constexpr (!kLast) this->start_scores(step + 1, acc);
+    QueryTile next{0, 0};
+    if constexpr (!kLast) next = this->start_scores(step + 1, acc);
     AccDq acc_dq;
     this->wait_for_ds(step);
     this->start_dq(step, 0, acc_dq);
@@ -70,7 +71,7 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
     } else {
       finish_gemm<1>(acc_dv, acc);
       this->release_dout(step);
-      next_tile = finish_scores(step + 1, acc);
+      next_tile = finish_scores(step + 1, next, acc);
     }
     this->finish_dq(step, tile, acc_dq);
     return next_tile;
@@ -79,9 +80,9 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
   __device__ __forceinline__ void walk() {
     AccS acc;
     smem.barriers.k_full.wait(0);
-    this->start_scores(0, acc);
+    const QueryTile first = this->start_scores(0, acc);
     finish_gemm<0>(acc);
-    int tile = finish_scores(0, acc);
+    int tile = finish_scores(0, first, acc);
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps - 1; ++step) tile = take<false>(step, tile, acc);
     take<true>(work.steps - 1, tile, acc);
@@ -125,7 +126,7 @@ struct GradientConsumer : RoleConsumer<Traits> {
     } else {
       finish_gemm<1>(acc_dk, acc);
     }
-    const int tile = this->query_tile(step).sums;
+    const int tile = share(this->read_query_tile(step)).sums;
     this->release_q(step);
     this->finish_dq(step, tile, acc_dq);
   }

@@ -70,20 +70,22 @@ struct Ring {
   __device__ __forceinline__ uint32_t parity() const { return use / kStages & 1; }
 };
 
-// The ping-pong between groups; a single one takes none.
-template <int kGroups>
+// The ping-pong between groups; a single one takes none. kFirst: the first of their named barriers.
+template <int kGroups, int kFirst = 0>
 struct Turns {
   // The last group hands the first turn to group 0. Once per thread block.
   __device__ __forceinline__ static void start(int group) {
     if (group == kGroups - 1) pass(group);
   }
   __device__ __forceinline__ static void wait(int group) {
-    if constexpr (kGroups > 1) cutlass::arch::NamedBarrier::sync(2 * kWarpGroupThreads, group);
+    if constexpr (kGroups > 1) {
+      cutlass::arch::NamedBarrier::sync(2 * kWarpGroupThreads, kFirst + group);
+    }
   }
   __device__ __forceinline__ static void pass(int group) {
     if constexpr (kGroups > 1) {
       cutlass::arch::NamedBarrier::arrive(2 * kWarpGroupThreads,
-                                          group + 1 == kGroups ? 0 : group + 1);
+                                          kFirst + (group + 1 == kGroups ? 0 : group + 1));
     }
   }
 };

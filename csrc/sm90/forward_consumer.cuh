@@ -45,6 +45,7 @@ struct ForwardConsumer {
   const float scale_log2;
   Ring<Traits::kStages> ring;  // of the block whose scores are next; V's may be one use behind
   uint32_t q_parity = 0;
+  bool k_there = false, v_there = false;  // known of the next block of K, of the last one of V
   AccO acc_out;
   P probabilities;
   RowSoftmax<kRows> softmax;
@@ -77,10 +78,10 @@ struct ForwardConsumer {
   // F2 to F5 for one key block, with F6 of the block before it (unless kFirst) under way:
   // S = Q K^T and O += P V are issued together, and the softmax of S runs while P V is computed.
   template <bool kFirst>
-  __device__ __forceinline__ void step(int row_begin, int block) {
+  __device__ __forceinline__ void step(int row_begin, int block, const BlockRange& whole) {
     const Ring<Traits::kStages> before{ring.use - 1};
     AccS acc_s;
-    smem.barriers.k_full[ring.stage()].wait(ring.parity());
+    if (!k_there) smem.barriers.k_full[ring.stage()].wait(ring.parity());
     GroupTurns::wait(group);
     issue_scores(acc_s);
     if constexpr (!kFirst) issue_output(before);
@@ -89,7 +90,7 @@ struct ForwardConsumer {
     warpgroup_fence_operand(acc_s);
     release_block(smem.barriers.k_empty[ring.stage()]);
 
-    if (visible.tile_needs_mask(row_begin, kGroupRows, block * kTileN, kTileN)) {
+    if (block >= whole.end || block < whole.begin) {
       const int row = recompute(row_begin + thread_row()), key = block * kTileN + thread % 4 * 2;
       hide_columns(acc_s, [&](int j) {
         return BlockRange{visible.first(row + 8 * j) - key, visible.end(row + 8 * j) - key};
@@ -104,6 +105,7 @@ struct ForwardConsumer {
     }
     rescale |= softmax.update_max(1, scores);
     rescale = !Traits::kTwoConsumers || __any_sync(0xffffffffu, rescale);
+    if constexpr (!Traits::kAskLate) look_ahead();
     // Where it is one, this branch also keeps ptxas from waiting for P V before the maxima.
     if (rescale) softmax.rescale(factor, scale_log2);
     if constexpr (!kFirst) {
@@ -112,11 +114,19 @@ struct ForwardConsumer {
       if (rescale) scale_rows(out, factor);
     }
     if constexpr (!Traits::kTwoConsumers) row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
+    if constexpr (Traits::kAskLate) look_ahead();
     row_sum[1] = softmax.exponentiate(1, scores, scale_log2);
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) softmax.add(i, row_sum[i]);
     round_to(acc_s, probabilities);
     ++ring.use;
+  }
+
+  // Asks for what the next step starts with, while there is time to wait for the answer.
+  __device__ __forceinline__ void look_ahead() {
+    const Ring<Traits::kStages> next{ring.use + 1};
+    k_there = smem.barriers.k_full[next.stage()].test_wait(next.parity());
+    v_there = smem.barriers.v_full[ring.stage()].test_wait(ring.parity());
   }
 
   // Starts S = Q K^T.
@@ -136,7 +146,7 @@ struct ForwardConsumer {
     const auto slice = mma.get_thread_slice(thread);
     const auto v = make_tensor(make_smem_ptr(smem.v[0]), typename Traits::LayoutV{});
     const auto fragment_v = slice.make_fragment_B(slice.partition_B(v));
-    smem.barriers.v_full[at.stage()].wait(at.parity());
+    if (!v_there) smem.barriers.v_full[at.stage()].wait(at.parity());
     start_gemm<MmaO, Accumulate::kYes>(probabilities, fragment_v(_, _, _, at.stage()), acc_out);
   }
 
@@ -157,6 +167,7 @@ struct ForwardConsumer {
       smem.barriers.v_full[ring.stage()].wait(ring.parity());
       release_block(smem.barriers.v_empty[ring.stage()]);
       ++ring.use;
+      k_there = false;
     }
   }
 
@@ -167,10 +178,11 @@ struct ForwardConsumer {
 
   // F2 to F6 for the key blocks that this group sees, last block first; leaves Q.
   __device__ __forceinline__ void attend(int row_begin, const BlockRange& blocks) {
+    const BlockRange whole = visible.whole_key_blocks(row_begin, kGroupRows, kTileN);
     int block = blocks.end - 1;
-    step<true>(row_begin, block);
+    step<true>(row_begin, block, whole);
     CUTE_NO_UNROLL
-    while (--block >= blocks.begin) step<false>(row_begin, block);
+    while (--block >= blocks.begin) step<false>(row_begin, block, whole);
     if constexpr (Traits::kOwnOutBuffer) release(smem.barriers.q_empty[group]);
     const Ring<Traits::kStages> last{ring.use - 1};
     issue_output(last);

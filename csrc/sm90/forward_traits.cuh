@@ -59,6 +59,9 @@ struct ForwardTraits {
   // first row, under the maximum of the second; and they rescale the output after a vote. Beside
   // more warpgroups others fill it, and the branches of the vote cost more than the products.
   static constexpr bool kTwoConsumers = kConsumers == 2;
+  // Whether the next blocks are asked for before the last exponentials of a step, or already before
+  // the output is rescaled. Found by trying.
+  static constexpr bool kAskLate = kTwoConsumers && kHeadDim < 256;
 
   // S (64, kTileN) = Q K^T, both from shared memory; O (64, kHeadDimV) += P V, P from registers.
   using MmaS = SmemMma<Element, kGroupRows, kTileN, Major::K, Major::K>;
