@@ -2,6 +2,8 @@
 // mask (paper, section 3.1: causal masking). Plain integers, shared by host tests and kernels.
 #pragma once
 
+#include <climits>
+
 #include "params.h"
 
 #ifdef __CUDACC__
@@ -70,6 +72,15 @@ struct VisibleKeys {
     const int row = key - (seqlen_k - seqlen_q);
     if (key >= seqlen_k) return {0, 0};
     return {right < 0 ? 0 : row - right, left < 0 ? seqlen_q : row + left + 1};
+  }
+
+  // The reverse of tile_needs_mask: the rows at which a tile may begin that needs none. Half-open,
+  // and not yet cut to the sequence; the difference fits an unsigned.
+  FLASH_ATTN2_HOST_DEVICE BlockRange whole_rows(int tile_m, int key_begin, int tile_n) const {
+    const int offset = seqlen_k - seqlen_q;
+    if (key_begin + tile_n > seqlen_k) return {0, 0};
+    return {right < 0 ? INT_MIN / 2 : key_begin + tile_n - 1 - right - offset,
+            left < 0 ? INT_MAX : key_begin + left - offset - tile_m + 2};
   }
 
   // True when some (row, key) of the tile is hidden, or lies outside the sequences' keys.

@@ -30,17 +30,24 @@ struct BackwardProducer {
         arguments.v, open(smem.barriers.v_full, sizeof(smem.v)), smem.v,
         {work.key_begin, work.coord.head, work.coord.batch});
   }
-  // Bit c: some (row, key) of the part of S that consumer c makes is hidden.
+  // Bit c: consumer c has to mask its part of S. smem.whole_rows are those of consumer 0, for whom
+  // the last keys count as hidden when the other's are; consumer 1's lie as much further as its
+  // keys.
   __device__ __forceinline__ int consumers_to_mask(int row_begin) const {
-    const VisibleKeys visible(arguments.params.shape, arguments.params.window);
+    const BlockRange whole = smem.whole_rows;
+    const unsigned rows = unsigned(whole.end) - unsigned(whole.begin);
     int consumers = 0;
     CUTE_UNROLL
     for (int c = 0; c < kConsumers; ++c) {
-      const int key_begin = work.key_begin + c * Traits::kKeys % Traits::kTileN;
-      consumers |= visible.tile_needs_mask(row_begin, Traits::kTileM, key_begin, Traits::kKeys)
-                   << c;
+      const int shift = c * Traits::kKeys % Traits::kTileN;
+      consumers |= int(unsigned(row_begin - shift - whole.begin) >= rows) << c;
     }
     return consumers;
+  }
+  __device__ __forceinline__ BlockRange whole_rows() const {
+    const VisibleKeys visible(arguments.params.shape, arguments.params.window);
+    if (work.key_begin + Traits::kTileN > visible.seqlen_k) return {0, 0};
+    return visible.whole_rows(Traits::kTileM, work.key_begin, Traits::kKeys);
   }
   // Also L of the rows, and where they and their dQ are. `tile`: tile_index of the step.
   __device__ __forceinline__ void load_q(int step, const QueryStep& at, int tile, int sums) const {
@@ -71,6 +78,7 @@ struct BackwardProducer {
     wait_for_previous_kernel();  // which makes L and D, and zeroes dQ
     const int before_slots =
         tiles_before_slots<Traits>(arguments.params, work.kv_head(arguments.params));
+    smem.whole_rows = whole_rows();
     QueryStep at = QueryStep::first(work);
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps; ++step, at = at.next(work)) {

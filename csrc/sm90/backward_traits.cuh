@@ -81,6 +81,7 @@ struct BackwardTraits {
     alignas(128) float delta[kDoutStages][kTileM];
     BackwardBarriers<kStages, kDoutStages, kScoreBuffers, kDsArrivals> barriers;
     QueryTile tile[kStages];  // that Q's stage holds
+    BlockRange whole_rows;    // of the loading thread, which has no registers for them
     // A part of dQ that is being converted.
     alignas(1024) Element dq[kDqRing ? kDqPartElements : 1];
     alignas(128) float dq_sums[kDqRing ? kDqPartElements : 1];
