@@ -17,6 +17,11 @@ namespace flash_attn2 {
 // Half-open range of block indices; empty when end <= begin.
 struct BlockRange {
   int begin, end;
+
+  // For begin <= end, which may be further apart than an int can tell.
+  FLASH_ATTN2_HOST_DEVICE bool contains(int x) const {
+    return unsigned(x) - unsigned(begin) < unsigned(end) - unsigned(begin);
+  }
 };
 
 FLASH_ATTN2_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -74,13 +79,13 @@ struct VisibleKeys {
     return {right < 0 ? 0 : row - right, left < 0 ? seqlen_q : row + left + 1};
   }
 
-  // The reverse of tile_needs_mask: the rows at which a tile may begin that needs none. Half-open,
-  // and not yet cut to the sequence; the difference fits an unsigned.
+  // The rows at which a tile may begin that needs no mask, not yet cut to the sequence.
   FLASH_ATTN2_HOST_DEVICE BlockRange whole_rows(int tile_m, int key_begin, int tile_n) const {
     const int offset = seqlen_k - seqlen_q;
-    if (key_begin + tile_n > seqlen_k) return {0, 0};
-    return {right < 0 ? INT_MIN / 2 : key_begin + tile_n - 1 - right - offset,
-            left < 0 ? INT_MAX : key_begin + left - offset - tile_m + 2};
+    const int begin = right < 0 ? INT_MIN / 2 : key_begin + tile_n - 1 - right - offset;
+    const int end = left < 0 ? INT_MAX : key_begin + left - offset - tile_m + 2;
+    if (key_begin + tile_n > seqlen_k || end < begin) return {0, 0};
+    return {begin, end};
   }
 
   // True when some (row, key) of the tile is hidden, or lies outside the sequences' keys.

@@ -9,6 +9,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -141,6 +142,28 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t seqlen_q, int
   return plan_to_dict(problem, find_device(gpu));
 }
 
+// For every tile (first row, first key, needs a mask by itself, by the whole ones of its rows, by
+// the whole ones of its keys).
+std::vector<std::tuple<int, int, bool, bool, bool>> tiles_to_mask(int64_t seqlen_q,
+                                                                  int64_t seqlen_k,
+                                                                  int64_t window_left,
+                                                                  int64_t window_right, int tile_m,
+                                                                  int tile_n) {
+  const AttentionShape shape = make_shape(1, seqlen_q, seqlen_k, 1, 1, 64, 64);
+  const VisibleKeys visible(shape, make_window(window_left, window_right, shape));
+  std::vector<std::tuple<int, int, bool, bool, bool>> tiles;
+  for (int row = 0; row < seqlen_q; row += tile_m) {
+    const BlockRange keys = visible.whole_key_blocks(row, tile_m, tile_n);
+    for (int key = 0; key < seqlen_k; key += tile_n) {
+      const int block = key / tile_n;
+      tiles.emplace_back(row, key, visible.tile_needs_mask(row, tile_m, key, tile_n),
+                         block < keys.begin || block >= keys.end,
+                         !visible.whole_rows(tile_m, key, tile_n).contains(row));
+    }
+  }
+  return tiles;
+}
+
 // For every thread block of the backward the (key block, head) it works on.
 std::vector<std::pair<int, int>> backward_order(int key_blocks, int heads, int tail_heads,
                                                 int heads_together, bool last_block_first) {
@@ -220,6 +243,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
         py::arg("tile_m"), py::arg("tile_n"), py::arg("group"), py::arg("head") = 0,
         py::arg("heads") = 1, py::arg("tail_heads") = 0);
+  m.def("tiles_to_mask", &tiles_to_mask,
+        "For every tile its first row, its first key, and three times whether some of it is hidden "
+        "(csrc/core/window.h): by itself, by the whole tiles of its rows, by those of its keys.",
+        py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
+        py::arg("tile_m"), py::arg("tile_n"));
   m.def("backward_order", &backward_order,
         "The (key block, head) of every thread block of the backward, by index "
         "(csrc/core/schedule.h).",

@@ -35,12 +35,11 @@ struct BackwardProducer {
   // keys.
   __device__ __forceinline__ int consumers_to_mask(int row_begin) const {
     const BlockRange whole = smem.whole_rows;
-    const unsigned rows = unsigned(whole.end) - unsigned(whole.begin);
     int consumers = 0;
     CUTE_UNROLL
     for (int c = 0; c < kConsumers; ++c) {
       const int shift = c * Traits::kKeys % Traits::kTileN;
-      consumers |= int(unsigned(row_begin - shift - whole.begin) >= rows) << c;
+      consumers |= int(!whole.contains(row_begin - shift)) << c;
     }
     return consumers;
   }
