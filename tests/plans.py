@@ -15,6 +15,16 @@ DIRECTIONS = ("forward", "backward")
 FAMILIES = {row["family"] for row in KERNELS.values()}
 needs_sm80 = pytest.mark.skipif("sm80" not in FAMILIES, reason="built without the sm80 family")
 needs_sm90 = pytest.mark.skipif("sm90" not in FAMILIES, reason="built without the sm90 family")
+# (window_left, window_right) of a random problem, by the kind of its mask.
+RANDOM_WINDOWS = {
+    "full": lambda rng, seqlen_q, seqlen_k: (-1, -1),
+    "causal": lambda rng, seqlen_q, seqlen_k: (-1, 0),
+    "window": lambda rng, seqlen_q, seqlen_k: (rng.randrange(seqlen_k), rng.randrange(seqlen_q)),
+    "narrow": lambda rng, seqlen_q, seqlen_k: (rng.randrange(150), rng.randrange(150)),
+    "left": lambda rng, seqlen_q, seqlen_k: (rng.randrange(seqlen_k), -1),
+    "right": lambda rng, seqlen_q, seqlen_k: (-1, rng.randrange(seqlen_q)),
+}
+
 # The sm90 family is for Hopper alone.
 SERVED_GPUS = [
     pytest.param(name, marks=() if gpu["arch"] == 90 else needs_sm80) for name, gpu in GPUS.items()

@@ -4,24 +4,15 @@ import heapq
 import random
 
 import pytest
+from plans import EXTENSION, RANDOM_WINDOWS, needs_extension
 
-from flash_attn2 import ops
-
-if ops.EXTENSION is None:
-    pytest.skip("flash_attn2._C is not built", allow_module_level=True)
-
-MASKS = {
-    "full": lambda rng, sq, sk: (-1, -1),
-    "causal": lambda rng, sq, sk: (-1, 0),
-    "window": lambda rng, sq, sk: (rng.randrange(sk), rng.randrange(sq)),
-    "left": lambda rng, sq, sk: (rng.randrange(sk), -1),
-}
+pytestmark = needs_extension
 
 
 def draw_problem(rng: random.Random, mask: str) -> dict:
     """Arguments of ``turn_order`` for a random problem."""
     seqlen_q, seqlen_k = rng.randint(1, 2000), rng.randint(1, 2000)
-    left, right = MASKS[mask](rng, seqlen_q, seqlen_k)
+    left, right = RANDOM_WINDOWS[mask](rng, seqlen_q, seqlen_k)
     heads = rng.randint(1, 8)
     return {
         "seqlen_q": seqlen_q,
@@ -50,11 +41,11 @@ def grid_of_walks(problem: dict, heads_together: int, last_block_first: bool) ->
     walks = [
         [
             [((head, query_block), turn) for query_block, turn in walk]
-            for walk in ops.EXTENSION.turn_order(**problem, head=head)
+            for walk in EXTENSION.turn_order(**problem, head=head)
         ]
         for head in range(problem["heads"])
     ]
-    order = ops.EXTENSION.backward_order(
+    order = EXTENSION.backward_order(
         len(walks[0]), problem["heads"], problem["tail_heads"], heads_together, last_block_first
     )
     return [walks[head][block] for block, head in order]
@@ -103,13 +94,13 @@ def time_to_finish(
     return None if waiting else end
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", RANDOM_WINDOWS)
 def test_every_key_block_has_one_turn_at_each_query_block_it_visits(mask, seed):
     rng = random.Random(seed)
     for _ in range(200):
         problem = draw_problem(rng, mask)
         turns = {}
-        for walk in ops.EXTENSION.turn_order(**problem, head=rng.randrange(problem["heads"])):
+        for walk in EXTENSION.turn_order(**problem, head=rng.randrange(problem["heads"])):
             assert len({query_block for query_block, _ in walk}) == len(walk)
             for query_block, turn in walk:
                 turns.setdefault(query_block, []).append(turn)
@@ -117,7 +108,7 @@ def test_every_key_block_has_one_turn_at_each_query_block_it_visits(mask, seed):
             assert sorted(taken) == list(range(len(taken)))
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", RANDOM_WINDOWS)
 def test_all_walks_end(mask, seed):
     """Under a mask or where all heads go side by side with any room, else with that of a group."""
     rng = random.Random(seed)
@@ -177,9 +168,7 @@ def test_turns_take_hardly_any_time(head_dim, right, seqlen):
     heads = 2048 // head_dim
     arguments = ("backward", 16384 // seqlen, seqlen, seqlen, heads, heads, head_dim, head_dim)
     plans = [
-        ops.EXTENSION.plan(
-            *arguments, window_right=right, deterministic=deterministic, family="sm90"
-        )
+        EXTENSION.plan(*arguments, window_right=right, deterministic=deterministic, family="sm90")
         for deterministic in (False, True)
     ]
     if plans[0]["kernel"] is None:
@@ -226,7 +215,7 @@ def test_every_key_block_of_every_head_has_a_thread_block(seed):
             for block in blocks
             for head in range(first, min(first + together, heads))
         ]
-        order = ops.EXTENSION.backward_order(key_blocks, heads, tail, together, last_block_first)
+        order = EXTENSION.backward_order(key_blocks, heads, tail, together, last_block_first)
         assert order == one_by_one + side_by_side
 
 
@@ -242,7 +231,7 @@ def busiest_over_mean(lengths: list, multiprocessors: int) -> float:
 def test_a_causal_grid_ends_at_the_same_time_everywhere(seqlen):
     """16 thousand tokens, hidden size 2048, head_dim 128, on an H200."""
     heads, multiprocessors = 16, 132
-    plan = ops.EXTENSION.plan(
+    plan = EXTENSION.plan(
         "backward", 16384 // seqlen, seqlen, seqlen, heads, heads, 128, 128, window_right=0
     )
     if plan["kernel"] is None:
@@ -251,9 +240,7 @@ def test_a_causal_grid_ends_at_the_same_time_everywhere(seqlen):
     key_blocks, heads = -(-seqlen // tile_n), heads * 16384 // seqlen
 
     def measure(tail_heads):
-        order = ops.EXTENSION.backward_order(
-            key_blocks, heads, tail_heads, max(tail_heads, 1), False
-        )
+        order = EXTENSION.backward_order(key_blocks, heads, tail_heads, max(tail_heads, 1), False)
         lengths = [(seqlen - block * tile_n) // tile_m + 3 for block, _ in order]
         return busiest_over_mean(lengths, multiprocessors)
 
@@ -262,7 +249,7 @@ def test_a_causal_grid_ends_at_the_same_time_everywhere(seqlen):
 
 def test_the_plan_lets_the_heads_of_the_last_round_go_side_by_side():
     def tail_heads(batch, seqlen, left, right):
-        plan = ops.EXTENSION.plan(
+        plan = EXTENSION.plan(
             "backward",
             batch,
             seqlen,
@@ -288,7 +275,7 @@ def test_the_plan_lets_the_heads_of_the_last_round_go_side_by_side():
 
 
 def plan_in_turn(batch, seqlen_q, seqlen_k, head_dim, **options):
-    found = ops.EXTENSION.plan(
+    found = EXTENSION.plan(
         "backward", batch, seqlen_q, seqlen_k, 4, 4, head_dim, head_dim, family="sm90", **options
     )
     if found["kernel"] is None:
@@ -335,7 +322,7 @@ def test_only_sm90_starts_with_the_last_key_block():
     assert starts(deterministic=True, window_left=100)
     assert not starts(window_right=0)
     assert not starts(deterministic=True)
-    sm80 = ops.EXTENSION.plan(
+    sm80 = EXTENSION.plan(
         "backward", 1, 512, 512, 4, 4, 64, 64, window_right=0, deterministic=True, family="sm80"
     )
     assert not sm80["last_block_first"]

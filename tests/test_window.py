@@ -3,20 +3,9 @@
 import random
 
 import pytest
+from plans import EXTENSION, RANDOM_WINDOWS, needs_extension
 
-from flash_attn2 import ops
-
-if ops.EXTENSION is None:
-    pytest.skip("flash_attn2._C is not built", allow_module_level=True)
-
-MASKS = {
-    "full": lambda rng, sq, sk: (-1, -1),
-    "causal": lambda rng, sq, sk: (-1, 0),
-    "window": lambda rng, sq, sk: (rng.randrange(sk), rng.randrange(sq)),
-    "narrow": lambda rng, sq, sk: (rng.randrange(150), rng.randrange(150)),
-    "left": lambda rng, sq, sk: (rng.randrange(sk), -1),
-    "right": lambda rng, sq, sk: (-1, rng.randrange(sq)),
-}
+pytestmark = needs_extension
 
 
 def is_hidden(row: int, key: int, seqlens: tuple[int, int], window: tuple[int, int]) -> bool:
@@ -27,14 +16,14 @@ def is_hidden(row: int, key: int, seqlens: tuple[int, int], window: tuple[int, i
     return key >= seqlen_k or before or after
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", RANDOM_WINDOWS)
 def test_tiles_need_a_mask_when_some_of_them_is_hidden(mask):
     rng = random.Random(mask)
     for _ in range(150):
         seqlens = rng.randint(1, 700), rng.randint(1, 700)
-        window = MASKS[mask](rng, *seqlens)
+        window = RANDOM_WINDOWS[mask](rng, *seqlens)
         tile_m, tile_n = rng.choice((64, 128, 192)), rng.choice((40, 64, 80, 112, 128))
-        for row, key, *answers in ops.EXTENSION.tiles_to_mask(*seqlens, *window, tile_m, tile_n):
+        for row, key, *answers in EXTENSION.tiles_to_mask(*seqlens, *window, tile_m, tile_n):
             # What is hidden reaches a corner: the last key of the first row or the other way round.
             # Rows past the sequence's end may count or not.
             first_row_is_cut = is_hidden(row, key + tile_n - 1, seqlens, window)

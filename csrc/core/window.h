@@ -14,7 +14,7 @@
 
 namespace flash_attn2 {
 
-// Half-open range of block indices; empty when end <= begin.
+// Half-open range of block or row indices; empty when end <= begin.
 struct BlockRange {
   int begin, end;
 
