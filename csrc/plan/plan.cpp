@@ -16,7 +16,7 @@ constexpr int64_t kWorkspaceAlignment = 256;
 constexpr int64_t kBytesPerElement = 2;  // fp16 and bf16
 // See heads_of_group and heads_of_persistent_group.
 constexpr int64_t kHeadsOfGroup = 16;
-constexpr int64_t kMostTilesOfHead = 32;
+constexpr int64_t kMostTilesOfHead = 16;
 constexpr int64_t kManyRounds = 7;
 constexpr int kTallestHeadByHead = 128;
 // See ring_pays.

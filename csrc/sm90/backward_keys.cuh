@@ -19,7 +19,7 @@ struct KeysConsumer : RegisterConsumer<Traits> {
   static constexpr int kEarlyGradients = Traits::kTileM == 128 ? kValues * 5 / 8 : kValues;
 
   // The part: S and P, or P, dS and the start of dQ and dV. Found by trying.
-  static constexpr bool kScoresInTurn = Traits::kTileM == 128;
+  static constexpr bool kScoresInTurn = Traits::kHeadDim < 128;
 
   typename Base::AccDk acc_dk;
   typename Base::AccDv acc_dv;

@@ -77,8 +77,10 @@ struct ForwardConsumer {
 
   // F2 to F5 for one key block, with F6 of the block before it (unless kFirst) under way:
   // S = Q K^T and O += P V are issued together, and the softmax of S runs while P V is computed.
+  // `last`: of this tile.
   template <bool kFirst>
-  __device__ __forceinline__ void step(int row_begin, int block, const BlockRange& whole) {
+  __device__ __forceinline__ void step(int row_begin, int block, const BlockRange& whole,
+                                       bool last) {
     const Ring<Traits::kStages> before{ring.use - 1};
     AccS acc_s;
     if (!k_there) smem.barriers.k_full[ring.stage()].wait(ring.parity());
@@ -89,6 +91,9 @@ struct ForwardConsumer {
     warpgroup_wait<kFirst ? 0 : 1>();
     warpgroup_fence_operand(acc_s);
     release_block(smem.barriers.k_empty[ring.stage()]);
+    if constexpr (Traits::kLeaveQEarly) {
+      if (last) release(smem.barriers.q_empty[group]);
+    }
 
     if (block >= whole.end || block < whole.begin) {
       const int row = recompute(row_begin + thread_row()), key = block * kTileN + thread % 4 * 2;
@@ -180,10 +185,12 @@ struct ForwardConsumer {
   __device__ __forceinline__ void attend(int row_begin, const BlockRange& blocks) {
     const BlockRange whole = visible.whole_key_blocks(row_begin, kGroupRows, kTileN);
     int block = blocks.end - 1;
-    step<true>(row_begin, block, whole);
+    step<true>(row_begin, block, whole, block == blocks.begin);
     CUTE_NO_UNROLL
-    while (--block >= blocks.begin) step<false>(row_begin, block, whole);
-    if constexpr (Traits::kOwnOutBuffer) release(smem.barriers.q_empty[group]);
+    while (--block >= blocks.begin) step<false>(row_begin, block, whole, block == blocks.begin);
+    if constexpr (Traits::kOwnOutBuffer && !Traits::kLeaveQEarly) {
+      release(smem.barriers.q_empty[group]);
+    }
     const Ring<Traits::kStages> last{ring.use - 1};
     issue_output(last);
     finish_output(last);
