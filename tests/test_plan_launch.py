@@ -123,6 +123,13 @@ def test_a_persistent_grid_goes_head_by_head_where_that_comes_out_even(sizes):
     assert persistent_group(128, heads_q=64, heads_k=16, **sizes) == 1
 
 
+def test_a_persistent_grid_takes_heads_of_many_tiles_together_under_a_mask():
+    sizes = {"seqlen_q": 4096, "seqlen_k": 4096, "heads_q": 64, "heads_k": 16}
+    assert persistent_group(128, **sizes) == 1
+    # L2 holds more than the least, 16: three groups of nearly one size, whole KV heads in each.
+    assert persistent_group(128, window_right=0, **sizes) == 44
+
+
 def test_a_persistent_grid_of_tall_tiles_takes_heads_together_under_a_mask():
     sizes = {"seqlen_q": 2048, "seqlen_k": 2048, "heads_q": 64, "heads_k": 16}
     assert persistent_group(64, **sizes) == 1
