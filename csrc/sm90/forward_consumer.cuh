@@ -77,7 +77,7 @@ struct ForwardConsumer {
 
   // F2 to F5 for one key block, with F6 of the block before it (unless kFirst) under way:
   // S = Q K^T and O += P V are issued together, and the softmax of S runs while P V is computed.
-  // `last`: of this tile.
+  // `last`: no step of this tile comes after this one.
   template <bool kFirst>
   __device__ __forceinline__ void step(int row_begin, int block, const BlockRange& whole,
                                        bool last) {

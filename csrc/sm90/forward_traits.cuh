@@ -90,9 +90,8 @@ struct ForwardTraits {
   static constexpr int kOutElements = kGroupRows * kOutColumns;
   static_assert(kOwnOutBuffer || (kOutElements <= kQElements && kTeams == 1));
   static_assert(kBoxColumns<kOutColumns> == kBoxColumns<kHeadDimV>);  // one tensor map
-  // Whether a group leaves Q as soon as it has its last scores, so that the next Q is there before
-  // the epilogue ends, or with its last softmax. Found by trying: with three groups others fill the
-  // time.
+  // Whether a group leaves Q with its last scores, so that the next Q is there before the epilogue
+  // ends, or only after their softmax. Found by trying: beside two other groups it does not pay.
   static constexpr bool kLeaveQEarly = kOwnOutBuffer && kGroups == 2;
 
   using MmaOutPart =  // a product with the accumulators of a part
