@@ -63,7 +63,8 @@ struct BackwardParams {
                            // adds
   int* ticket = nullptr;   // sm80: one counter that hands out column blocks when dq_turn is used
 
-  int dq_parts = 1;  // of a query tile's dQ, each with turns of its own
+  int dq_parts = 1;  // of a query tile's dQ, each with turns of its own: the thread blocks of a
+                     // cluster have one each
   int dq_slots = 1;  // KV heads that have a place in dq_accum, which they take in turn
   int dq_lag = 0;  // a thread block converts dQ of the KV head that comes this many before its own
 

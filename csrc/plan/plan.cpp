@@ -46,9 +46,16 @@ int64_t query_tiles(const KernelRow& row, const AttentionShape& shape) {
   return ceil_div(shape.seqlen_q, row.tile_m);
 }
 
-// The thread blocks of a cluster work on tiles of one head, all of one length.
+// Of a backward: keys that add to dQ as one, those of a cluster.
+int key_block(const KernelRow& row) { return row.tile_n * row.cluster; }
+
+int64_t clusters_at_a_time(const KernelRow& row, const DeviceLimits& device) {
+  return device.sm_count / row.cluster;
+}
+
+// The thread blocks of a forward cluster work on tiles of one head, all of one length.
 bool clusters_fit(const KernelRow& row, const Problem& problem) {
-  return row.cluster == 1 ||
+  return row.cluster == 1 || row.direction == Direction::kBackward ||
          (!is_masked(problem.window) && query_tiles(row, problem.shape) % row.cluster == 0);
 }
 
@@ -146,10 +153,12 @@ std::string refusal_reason(const KernelRow& row, const KernelRow* chosen, const 
          std::to_string(row.preference) + ")";
 }
 
-// Row blocks of Q, or column blocks of K and V, over all heads and batches. The caller checked
-// that batch * heads fits in an int, so the product stays far below 2^63.
-int64_t count_blocks(const char* length_name, int64_t length, int tile, int64_t batch_heads) {
-  const int64_t blocks = ceil_div(length, tile) * batch_heads;
+// Row blocks of Q, or column blocks of K and V, over all heads and batches: of a head whole
+// clusters. The caller checked that batch * heads fits in an int, so the product stays far below
+// 2^63.
+int64_t count_blocks(const char* length_name, int64_t length, int tile, int64_t batch_heads,
+                     int cluster = 1) {
+  const int64_t blocks = ceil_div(length, int64_t{tile} * cluster) * cluster * batch_heads;
   if (blocks > kMaxGrid) {
     throw std::invalid_argument(std::string(length_name) + ": is " + std::to_string(length) +
                                 ", which in blocks of " + std::to_string(tile) + " for each of " +
@@ -225,18 +234,19 @@ bool ring_pays(const KernelRow& row, const Problem& problem) {
 // head's key blocks at the start of the grid, and again at its end, as many steps to get there, so
 // it pays where rounds of the GPU are many, and walks that go around would follow each other
 // closely, or have more of a head in use at a time than L2 holds.
-int64_t heads_in_turn(const KernelRow& row, const Problem& problem, int64_t thread_blocks,
+int64_t heads_in_turn(const KernelRow& row, const Problem& problem, int64_t key_blocks,
                       const DeviceLimits& device) {
   const AttentionShape& shape = problem.shape;
   if (!problem.deterministic || is_masked(problem.window)) return 0;
   const int64_t row_bytes = (kBytesPerElement + sizeof(float)) * shape.head_dim +
                             kBytesPerElement * shape.head_dim_v;  // of Q, dQ's sums and dO
-  const bool close = row.tile_n <= row.tile_m;
+  const int64_t at_a_time = clusters_at_a_time(row, device);
+  const bool close = key_block(row) <= row.tile_m;
   const bool large = shape.seqlen_q * row_bytes > device.l2_bytes / 2;
-  if (!(close || large) || thread_blocks < kRoundsInTurn * device.sm_count) return 0;
+  if (!(close || large) || key_blocks < kRoundsInTurn * at_a_time) return 0;
   const int64_t steps =
       shape.heads_q / shape.heads_k * query_tiles(row, shape) + kStepsToStartAndEnd;
-  return std::max<int64_t>(5 * device.sm_count / (4 * steps), 1);
+  return std::max<int64_t>(5 * at_a_time / (4 * steps), 1);
 }
 
 // The order of the key blocks (core/schedule.h), and how far behind dQ is converted
@@ -252,8 +262,8 @@ int64_t heads_in_turn(const KernelRow& row, const Problem& problem, int64_t thre
 void plan_heads(Plan& plan, const Problem& problem, const DeviceLimits& device) {
   const KernelRow& row = *plan.row;
   const int64_t heads = int64_t{problem.shape.batch} * problem.shape.heads_k;
-  const int64_t key_blocks = std::max<int64_t>(ceil_div(problem.shape.seqlen_k, row.tile_n), 1);
-  const int64_t round = ceil_div(device.sm_count, key_blocks) + 1;
+  const int64_t key_blocks = std::max<int64_t>(ceil_div(problem.shape.seqlen_k, key_block(row)), 1);
+  const int64_t round = ceil_div(clusters_at_a_time(row, device), key_blocks) + 1;
   const int64_t in_turn = heads_in_turn(row, problem, heads * key_blocks, device);
   int64_t lag = round, tail = 0, together = 1;
   if (in_turn > 0) {
@@ -296,7 +306,7 @@ Workspace lay_out(const KernelRow& row, const Problem& problem, int dq_slots) {
     workspace.dq_converted = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
   }
   if (problem.deterministic) {
-    workspace.dq_turn = take(row_blocks * row.dq_parts * sizeof(int));
+    workspace.dq_turn = take(row_blocks * row.cluster * sizeof(int));
     workspace.ticket = take(sizeof(int));
   }
   workspace.total = end;
@@ -307,7 +317,8 @@ Workspace lay_out(const KernelRow& row, const Problem& problem, int dq_slots) {
 // times that of the query blocks fits in an int.
 int turn_group(const KernelRow& row, const AttentionShape& shape, const DeviceLimits& device) {
   const int64_t query_blocks = std::max<int64_t>(ceil_div(shape.seqlen_q, row.tile_m), 1);
-  return static_cast<int>(std::min<int64_t>(device.sm_count, kMaxInt / query_blocks));
+  return static_cast<int>(
+      std::min<int64_t>(clusters_at_a_time(row, device), kMaxInt / query_blocks));
 }
 
 }  // namespace
@@ -383,15 +394,15 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
       count_blocks("seqlen_q", shape.seqlen_q, row.tile_m, int64_t{shape.batch} * shape.heads_q);
   plan.launch.smem_bytes = row.smem_bytes;
   if (problem.direction == Direction::kForward) {
-    const int64_t resident = device.sm_count / row.cluster * row.cluster;
+    const int64_t resident = clusters_at_a_time(row, device) * row.cluster;
     plan.launch.grid =
         row.persistent ? std::min(ceil_div(row_blocks, row.teams), resident) : row_blocks;
     plan.heads_per_group = row.persistent
                                ? heads_of_persistent_group(shape, problem.window, row, device)
                                : heads_of_group(shape, problem.window, device);
   } else {
-    plan.launch.grid =
-        count_blocks("seqlen_k", shape.seqlen_k, row.tile_n, int64_t{shape.batch} * shape.heads_k);
+    plan.launch.grid = count_blocks("seqlen_k", shape.seqlen_k, row.tile_n,
+                                    int64_t{shape.batch} * shape.heads_k, row.cluster);
     plan_heads(plan, problem, device);
     plan.workspace = lay_out(row, problem, plan.dq_slots);
     if (problem.deterministic) plan.turn_group = turn_group(row, shape, device);

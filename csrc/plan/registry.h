@@ -39,9 +39,9 @@ struct KernelRow {
   int max_arch = std::numeric_limits<int>::max();  // 90: runs up to sm_90
   bool persistent = false;  // the grid has one thread block a multiprocessor at most
   bool dq_ring = false;     // backward: dQ is converted on the way, see sm90/dq_accumulator.cuh
-  int dq_parts = 1;         // backward: parts of a query tile's dQ, each with turns of its own
-  int cluster = 1;          // thread blocks that load for each other: needs no mask, and tiles of
-                            // a head that divide by it
+  int cluster = 1;          // thread blocks that load for each other. Forward: needs no mask, and
+                            // tiles of a head that divide by it; backward: the columns of dQ are
+                            // shared out among them
   int teams = 1;            // tiles that a persistent thread block works on at a time
   // The longest seqlen_k it serves, and without a mask.
   int max_keys = std::numeric_limits<int>::max();

@@ -9,17 +9,23 @@
 //   dout_full[s]     1 (producer) + bytes   stage s holds dO and delta           consumers
 //   q_empty[s]       8 (consumer warps)     Q and LSE of the step are used       producer
 //   dout_empty[s]    8 (consumer warps)     dO and delta of the step are used    producer
-//   ds_full[b]       8; kRoles: 128         buffer b holds dS (kColumns: and P)  consumers
+//   ds_full[b]       8; kRoles: 128         buffer b holds dS (kColumns: and P)  consumers, sender
+//   peer_k_full      1 (producer) + bytes   the other's half of K is there       consumers
+//   peer_ds_full     1 (sender) + bytes     the other's dS is there              consumers
+//   ds_empty         8 (consumer warps)     both dS of the step are used         consumers
 //   dq_full          1 (converter) + bytes  a part of an earlier head's dQ came  converters
 //   done             8 (consumer warps)     nobody reads K and V any more        all
-//   turn_come        1 (turn taker)         the next part of dQ may be added     consumers
-//   turn_used        8 (consumer warps)     that part is added                   turn passer
+//   turn_come        1 (turn taker)         the next dQ may be added             consumers
+//   turn_used        8 (consumer warps)     it is added                          turn passer
 //   turn_seen        1 (turn passer)        ... and the passer has seen it       turn taker
 //
-// The last three are for deterministic mode. Buffers of P and dS need no barrier for their release,
-// see kScoreBuffers. In kRoles ds_full also says that P has been read: each thread arrives after
-// its own reads, as racecheck does not follow them through __syncwarp to the arrival of another
-// lane.
+// In a cluster, for whose thread blocks Q and dO are loaded and which exchange dS (kColumns), the
+// warps of all arrive at q_empty, dout_empty and ds_empty, twice as many.
+//
+// turn_* are for deterministic mode. Without ds_empty buffers of P and dS need no barrier for their
+// release, see kScoreBuffers. In kRoles ds_full also says that P has been read: each thread arrives
+// after its own reads, as racecheck does not follow them through __syncwarp to the arrival of
+// another lane.
 //
 // Named barriers:
 //
@@ -36,11 +42,12 @@ namespace flash_attn2::sm90 {
 
 inline constexpr int kConsumers = 2;
 
-template <int kStages, int kDoutStages, int kScoreBuffers, int kDsArrivals>
+template <int kStages, int kDoutStages, int kScoreBuffers, int kDsArrivals, int kCluster>
 struct BackwardBarriers {
   LoadBarrier k_full, v_full, q_full[kStages], dout_full[kDoutStages], dq_full;
+  LoadBarrier peer_k_full, peer_ds_full;
   Barrier q_empty[kStages], dout_empty[kDoutStages];
-  Barrier ds_full[kScoreBuffers];
+  Barrier ds_full[kScoreBuffers], ds_empty;
   Barrier done, turn_come, turn_used, turn_seen;
 
   // By one thread, before any use; __syncthreads afterwards.
@@ -49,15 +56,18 @@ struct BackwardBarriers {
     k_full.init(1);
     v_full.init(1);
     dq_full.init(1);
+    peer_k_full.init(1);
+    peer_ds_full.init(1);
     for (int i = 0; i < kStages; ++i) {
       q_full[i].init(1);
-      q_empty[i].init(kConsumerWarps);
+      q_empty[i].init(kConsumerWarps * kCluster);
     }
     for (int i = 0; i < kDoutStages; ++i) {
       dout_full[i].init(1);
-      dout_empty[i].init(kConsumerWarps);
+      dout_empty[i].init(kConsumerWarps * kCluster);
     }
     for (int i = 0; i < kScoreBuffers; ++i) ds_full[i].init(kDsArrivals);
+    ds_empty.init(kConsumerWarps * kCluster);
     done.init(kConsumerWarps);
     turn_come.init(1);
     turn_used.init(kConsumerWarps);
@@ -70,6 +80,25 @@ struct BackwardBarriers {
 __device__ __forceinline__ void arrive_as_warp(Barrier& barrier, int thread) {
   __syncwarp();
   if (thread % 32 == 0) barrier.arrive();
+}
+
+// The rank of this thread block in its cluster.
+template <int kCluster>
+__device__ __forceinline__ int cluster_rank() {
+  return kCluster == 1 ? 0 : int(blockIdx.x % kCluster);
+}
+
+// The same at the barriers of all thread blocks of the cluster. That of its own, to which racecheck
+// follows a lane's reads, is for lane 0.
+template <int kCluster>
+__device__ __forceinline__ void arrive_at_all(Barrier& barrier, int thread) {
+  if constexpr (kCluster == 1) {
+    arrive_as_warp(barrier, thread);
+  } else {
+    __syncwarp();
+    const int lane = thread % 32;
+    if (lane < kCluster) barrier.arrive(cluster_rank<kCluster>() ^ lane);
+  }
 }
 
 // The query tile of a step, for the consumers.

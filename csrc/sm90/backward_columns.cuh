@@ -1,6 +1,10 @@
 // ConsumerSplit::kColumns: for head dims whose dK and dV fill the registers of both warpgroups. A
-// consumer makes P and dS of half of the keys, and sums half of the columns of dK, dV and dQ over
-// all keys of the tile; P and dS go through shared memory.
+// consumer makes P and dS of half of the keys, and sums half of the columns of dK and dV over all
+// keys of the tile; P and dS go through shared memory.
+//
+// What is added to dQ is what limits these kernels, and then the loads of Q and dO. So two thread
+// blocks with neighbouring keys form a cluster: Q and dO are loaded once for both, and they
+// exchange dS, with which each sums half of the columns of dQ over the keys of both.
 //
 // dK and dV are summed transposed, (columns, keys): so a tile may have any multiple of 16 keys, and
 // the more it has the fewer bytes are added to dQ.
@@ -17,7 +21,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
   using Base::arguments, Base::smem, Base::work, Base::consumer, Base::thread;
   using Base::Base, Base::kTileM, Base::kTileN, Base::kHeadDim, Base::kHeadDimV, Base::kKeys;
   using typename Base::AccDq, typename Base::Element, typename Base::Scores;
-  static_assert(kTileM == 64 && Traits::kDqParts == 2);
+  static_assert(kTileM == 64 && Traits::kCluster == 2);
   static constexpr int kColumns = Traits::kColumns, kColumnsV = Traits::kColumnsV;
   using MmaS = SmemMma<Element, kTileM, kKeys, Major::K, Major::K>;  // S, dP
   using MmaDkv = SmemMma<Element, 64, kTileN, Major::MN, Major::K>;  // dK^T, dV^T
@@ -82,6 +86,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     const float delta_of_row[2] = {delta[0], delta[8]};
     CUTE_UNROLL
     for (int i = 0; i < size(acc); ++i) acc(i) = p(i) * (acc(i) - delta_of_row[i / 2 % 2]);
+    smem.barriers.ds_empty.wait(step & 1 ^ 1);
     store_scores(acc, tile_ds_by_keys(step));
     arrive_as_warp(smem.barriers.ds_full[Scores{uint32_t(step)}.stage()], thread);
   }
@@ -116,10 +121,20 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     start_gemm<MmaDkv, Accumulate::kYes>(q, ds, acc_dk);
   }
 
+  // Goes on with dQ: the other thread block's keys.
+  __device__ __forceinline__ void start_peer_dq(int step, AccDq& acc) const {
+    smem.barriers.peer_ds_full.wait(step & 1);
+    auto ds = operand_a<typename Base::MmaDq>(transposed(smem_tile<kTileN, kTileM>(smem.peer.ds)));
+    const auto tile = smem_tile<kTileN, kHeadDim / Traits::kCluster, Traits::kBoxK>(smem.peer.k);
+    const auto k = operand_b<typename Base::MmaDq>(
+        part<Traits::kDqColumns, kTileN>(transposed(tile), recompute(consumer), 0));
+    start_gemm<typename Base::MmaDq, Accumulate::kYes>(ds, k, acc);
+  }
+
   // B2 to B7 for one query tile. What is added to dQ leaves the SM slowly. Until then it holds up
-  // the warp's accesses to shared memory and whoever writes a register that it comes from, so each
-  // part is added where products wait in line: dV and dK, then S and dP of the next step. `target`
-  // is carried from step to step, as registers of its own are never in the way.
+  // the warp's accesses to shared memory and whoever writes a register that it comes from, so it is
+  // added where products wait in line. `target` is carried from step to step, as registers of its
+  // own are never in the way.
   __device__ __forceinline__ void take(int step, int& tile, float*& target) {
     AccS acc_p, acc_ds;
     AccDq acc_dq;
@@ -131,25 +146,25 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     finish_gemm<0>(acc_ds);
     make_score_gradients(step, acc_p, acc_ds);
     this->wait_for_ds(step);
-    this->start_dq(step, 0, acc_dq);
     start_dv(step);
+    this->start_dq(step, acc_dq);
+    start_peer_dq(step, acc_dq);
     start_dk(step);
     target += int64_t(at.sums - tile) * Traits::kDqElements;
     tile = at.sums;
-    finish_gemm<2>(acc_dq);
-    this->add_dq(step, target, 0, acc_dq);
-    finish_gemm<1>(acc_dv);
+    finish_gemm<3>(acc_dv);
     this->release_dout(step);
-    this->start_dq(step, 1, acc_dq);
-    finish_gemm<1>(acc_dk);
+    finish_gemm<1>(acc_dq);
+    this->add_dq(step, target, acc_dq);
+    finish_gemm<0>(acc_dk);
     this->release_q(step);
-    finish_gemm<0>(acc_dq);
-    this->add_dq(step, target, 1, acc_dq);
+    arrive_at_all<Traits::kCluster>(smem.barriers.ds_empty, thread);
   }
 
   __device__ __forceinline__ void walk() {
     smem.barriers.k_full.wait(0);
     smem.barriers.v_full.wait(0);
+    smem.barriers.peer_k_full.wait(0);
     int tile = 0;
     float* target = this->dq_target(tile);
     CUTE_NO_UNROLL

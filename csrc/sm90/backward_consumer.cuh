@@ -89,32 +89,36 @@ struct BackwardConsumer {
   }
   // The buffers of Q (and L) or of dO (and D) of a step are no longer needed.
   __device__ __forceinline__ void release_q(int step) const {
-    arrive_as_warp(smem.barriers.q_empty[Stages{uint32_t(step)}.stage()], thread);
+    arrive_at_all<Traits::kCluster>(smem.barriers.q_empty[Stages{uint32_t(step)}.stage()], thread);
   }
   __device__ __forceinline__ void release_dout(int step) const {
-    arrive_as_warp(smem.barriers.dout_empty[DoutStages{uint32_t(step)}.stage()], thread);
+    arrive_at_all<Traits::kCluster>(smem.barriers.dout_empty[DoutStages{uint32_t(step)}.stage()],
+                                    thread);
   }
 
-  // Starts a part of this consumer's half of dQ = dS K, over all keys of the tile (B7).
-  __device__ __forceinline__ void start_dq(int step, int dq_part, AccDq& acc) const {
-    const int index = recompute(consumer) * Traits::kDqParts + dq_part;
+  // This consumer's part of the cluster's dQ.
+  __device__ __forceinline__ int dq_part() const {
+    return cluster_rank<Traits::kCluster>() * kConsumers + recompute(consumer);
+  }
+  // Starts that of dQ = dS K, over all keys of the tile (B7).
+  __device__ __forceinline__ void start_dq(int step, AccDq& acc) const {
+    const int index = dq_part();
     auto ds = operand_a<MmaDq>(
         part<Traits::kDqRows, kTileN>(tile_ds(step), Traits::kSplitDqRows ? index : 0, 0));
     const auto k = operand_b<MmaDq>(part<Traits::kDqColumns, kTileN>(
         transposed(tile_k()), Traits::kSplitDqRows ? 0 : index, 0));
     start_gemm<MmaDq, Accumulate::kNo>(ds, k, acc);
   }
-  // Where this thread's part of it is summed. `tile`: the step's QueryTile::sums.
+  // Where this thread's share of it is summed. `tile`: the step's QueryTile::sums.
   __device__ __forceinline__ float* dq_target(int tile) const {
     return arguments.params.dq_accum + int64_t(tile) * Traits::kDqElements +
-           (consumer * Traits::kDqParts * Traits::kDqPartElements + thread * 4);
+           (dq_part() * Traits::kDqPartElements + thread * 4);
   }
   // `target`: dq_target of the step.
-  __device__ __forceinline__ void add_dq(int step, float* target, int dq_part,
-                                         const AccDq& acc) const {
+  __device__ __forceinline__ void add_dq(int step, float* target, const AccDq& acc) const {
     const bool ordered = arguments.params.dq_turn != nullptr;
-    if (ordered) smem.barriers.turn_come.wait((step * Traits::kDqParts + dq_part) & 1);
-    add_to_dq(target + dq_part * Traits::kDqPartElements, acc);
+    if (ordered) smem.barriers.turn_come.wait(step & 1);
+    add_to_dq(target, acc);
     if (ordered) arrive_as_warp(smem.barriers.turn_used, thread);
   }
 

@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   let_next_kernel_start();
   if (threadIdx.x == 0) smem.barriers.init();
   __syncthreads();
-  const unsigned index = blockIdx.x;
+  sync_cluster<Traits::kCluster>();
+  const unsigned index = blockIdx.x / Traits::kCluster;
   const int group = cutlass::canonical_warp_group_idx();
   // The work is made after setmaxnreg, so that it takes registers of the new share.
   if (group == 0) {
@@ -37,8 +38,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.take_turns();
     } else if (ordered && threadIdx.x == 64) {
       BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.pass_turns();
-    } else if (Traits::kDqRing && threadIdx.x >= DqConverter<Traits>::first_thread(params)) {
-      DqConverter<Traits>(arguments, smem, index).run();
+    } else if constexpr (Traits::kDqRing) {
+      if (threadIdx.x >= DqConverter<Traits>::first_thread(params)) {
+        DqConverter<Traits>(arguments, smem, index).run();
+      }
+    } else if constexpr (Traits::kCluster > 1) {
+      if (threadIdx.x == 96) {
+        BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.send_ds();
+      }
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
@@ -53,6 +60,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       GradientConsumer<Traits>(arguments, smem, work, 1).run();
     }
   }
+  sync_cluster<Traits::kCluster>();  // shared memory has to outlive what the other sends
 }
 
 }  // namespace flash_attn2::sm90

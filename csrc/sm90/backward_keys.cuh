@@ -46,7 +46,7 @@ struct KeysConsumer : RegisterConsumer<Traits> {
     AccDq acc_dq;
     if constexpr (!kFirst) {
       this->wait_for_ds(step - 1);
-      this->start_dq(step - 1, 0, acc_dq);
+      this->start_dq(step - 1, acc_dq);
     }
     this->start_dv(p, step, acc_dv);
     if constexpr (!kScoresInTurn) ConsumerTurns::pass(consumer);
@@ -60,7 +60,7 @@ struct KeysConsumer : RegisterConsumer<Traits> {
     this->start_dk(ds, step, acc_dk);
     if constexpr (!kFirst) {
       finish_gemm<2>(acc_dq);
-      this->add_dq(step - 1, this->dq_target(last_tile), 0, acc_dq);
+      this->add_dq(step - 1, this->dq_target(last_tile), acc_dq);
     }
     finish_gemm<0>(acc_dv, acc_dk);
     this->release_q(step);
@@ -77,9 +77,9 @@ struct KeysConsumer : RegisterConsumer<Traits> {
     for (int step = 1; step < work.steps; ++step) tile = take<false>(step, tile);
     AccDq acc_dq;
     this->wait_for_ds(work.steps - 1);
-    this->start_dq(work.steps - 1, 0, acc_dq);
+    this->start_dq(work.steps - 1, acc_dq);
     finish_gemm<0>(acc_dq);
-    this->add_dq(work.steps - 1, this->dq_target(tile), 0, acc_dq);
+    this->add_dq(work.steps - 1, this->dq_target(tile), acc_dq);
   }
 
   __device__ __forceinline__ void run() {

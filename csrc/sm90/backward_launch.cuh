@@ -17,7 +17,7 @@ BackwardArguments backward_arguments(const BackwardParams& params) {
   // Any device address, for the maps of tensors without elements.
   void* const fallback = shape.seqlen_k > 0 ? params.k.ptr : params.lse_log2;
   const auto queries = [&](const TensorView& view, int columns, int box_columns,
-                           int box_rows = Traits::kTileM) {
+                           int box_rows = Traits::kTileM / Traits::kCluster) {
     return make_tensor_map(view, kDType, shape.batch, shape.seqlen_q, shape.heads_q, columns,
                            box_rows, box_columns, fallback);
   };
@@ -58,7 +58,7 @@ void launch_backward(const BackwardParams& params, const LaunchConfig& config,
   if (config.grid == 0 && tiles_left == 0) return;
   const BackwardArguments arguments = backward_arguments<Traits>(params);
   launch(backward_kernel<Traits>, config.grid, Traits::kThreads, config.smem_bytes, stream,
-         arguments, "backward", Start::kWithPrevious);
+         arguments, "backward", Start::kWithPrevious, Traits::kCluster);
   launch(dq_postprocess_kernel<Traits>, tiles_left, kPostprocessThreads, 0, stream, arguments,
          "dQ post-process", Start::kWithPrevious);
 }
@@ -68,7 +68,8 @@ KernelRow backward_row(int preference) {
   KernelRow row = describe<Traits>("sm90", 90, Direction::kBackward, preference);
   row.max_arch = 90;
   row.dq_ring = Traits::kDqRing;
-  row.dq_parts = Traits::kDqParts;
+  row.cluster = Traits::kCluster;
+  if (row.cluster > 1) row.name += "_x" + std::to_string(row.cluster);
   row.backward = launch_backward<Traits>;
   return row;
 }

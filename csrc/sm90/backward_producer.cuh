@@ -1,5 +1,5 @@
-// The producer warpgroup of the sm90 backward: one thread that loads, and in deterministic mode two
-// that keep the turns.
+// The producer warpgroup of the sm90 backward: one thread that loads, in a cluster one that sends
+// dS, and in deterministic mode two that keep the turns.
 #pragma once
 
 #include "dq_accumulator.cuh"
@@ -25,6 +25,15 @@ struct BackwardProducer {
         arguments.k, open(smem.barriers.k_full, sizeof(smem.k)), smem.k,
         {work.key_begin, work.coord.head, work.coord.batch});
   }
+  // The columns of the other thread block's K whose dQ this one sums.
+  __device__ __forceinline__ void load_peer_k() const {
+    constexpr int kColumns = Traits::kHeadDim / Traits::kCluster;
+    const int rank = cluster_rank<Traits::kCluster>();
+    tma_load<Traits::kTileN, kColumns, Traits::kBoxK>(
+        arguments.k, open(smem.barriers.peer_k_full, sizeof(smem.peer.k)), smem.peer.k,
+        {work.key_begin + (rank == 0 ? Traits::kTileN : -Traits::kTileN), work.coord.head,
+         work.coord.batch, rank * kColumns});
+  }
   __device__ __forceinline__ void load_v() const {
     tma_load<Traits::kTileN, Traits::kHeadDimV>(
         arguments.v, open(smem.barriers.v_full, sizeof(smem.v)), smem.v,
@@ -48,14 +57,24 @@ struct BackwardProducer {
     if (work.key_begin + Traits::kTileN > visible.seqlen_k) return {0, 0};
     return visible.whole_rows(Traits::kTileM, work.key_begin, Traits::kKeys);
   }
+  // Rows of Q or dO, for all thread blocks of the cluster.
+  template <int kColumns>
+  __device__ __forceinline__ void load_rows(const CUtensorMap& map, uint64_t* full, Element* target,
+                                            const QueryStep& at) const {
+    const TmaCoord coord{at.block * Traits::kTileM, at.head, work.coord.batch};
+    if constexpr (Traits::kCluster == 1) {
+      tma_load<Traits::kTileM, kColumns>(map, full, target, coord);
+    } else {
+      tma_load_for_all<Traits::kCluster, Traits::kTileM, kColumns>(map, full, target, coord);
+    }
+  }
   // Also L of the rows, and where they and their dQ are. `tile`: tile_index of the step.
   __device__ __forceinline__ void load_q(int step, const QueryStep& at, int tile, int sums) const {
     const int stage = Ring<Traits::kStages>{uint32_t(step)}.stage();
     const int row_begin = at.block * Traits::kTileM;
     smem.tile[stage] = {row_begin | consumers_to_mask(row_begin), sums};
     uint64_t* full = open(smem.barriers.q_full[stage], sizeof(smem.q[0]) + sizeof(smem.lse[0]));
-    tma_load<Traits::kTileM, Traits::kHeadDim>(arguments.q, full, smem.q[stage],
-                                               {row_begin, at.head, work.coord.batch});
+    load_rows<Traits::kHeadDim>(arguments.q, full, smem.q[stage], at);
     tma_load_row(arguments.lse, full, smem.lse[stage], tile);
   }
   // Also D of the rows.
@@ -63,9 +82,7 @@ struct BackwardProducer {
     const int stage = Ring<Traits::kDoutStages>{uint32_t(step)}.stage();
     uint64_t* full =
         open(smem.barriers.dout_full[stage], sizeof(smem.dout[0]) + sizeof(smem.delta[0]));
-    tma_load<Traits::kTileM, Traits::kHeadDimV>(
-        arguments.dout, full, smem.dout[stage],
-        {at.block * Traits::kTileM, at.head, work.coord.batch});
+    load_rows<Traits::kHeadDimV>(arguments.dout, full, smem.dout[stage], at);
     tma_load_row(arguments.delta, full, smem.delta[stage], tile);
   }
 
@@ -73,6 +90,7 @@ struct BackwardProducer {
     if (work.steps > 0) {
       load_k();  // in the order in which the consumers want them
       load_v();
+      if constexpr (Traits::kCluster > 1) load_peer_k();
     }
     wait_for_previous_kernel();  // which makes L and D, and zeroes dQ
     const int before_slots =
@@ -97,48 +115,56 @@ struct BackwardProducer {
     }
   }
 
-  // Deterministic mode: key blocks add to a part of a dQ tile one after the other
-  // (core/turn_order.h); its counter is the number of those that have. Two threads keep the turns,
-  // so that the consumers never stall for the polling, nor the next turn for the fence, which waits
-  // for the adds to arrive.
-  __device__ __forceinline__ int* counters(const QueryStep& at) const {
-    return arguments.params.dq_turn +
-           int64_t(tile_index(arguments.params, work, at)) * Traits::kDqParts;
+  // Sends dS of every step to the other thread block. Its consumers are done with the one before:
+  // else those of this one had not stored dS.
+  __device__ __forceinline__ void send_ds() const {
+    const int peer = cluster_rank<Traits::kCluster>() ^ 1;
+    CUTE_NO_UNROLL
+    for (int step = 0; step < work.steps; ++step) {
+      smem.barriers.ds_full[0].wait(step & 1);
+      cutlass::arch::fence_view_async_shared();
+      open(smem.barriers.peer_ds_full, sizeof(smem.peer.ds));
+      copy_to_peer(smem.ds[0], smem.peer.ds,
+                   reinterpret_cast<uint64_t*>(&smem.barriers.peer_ds_full), sizeof(smem.peer.ds),
+                   peer);
+    }
   }
 
-  // Tells the consumers when a part's turn has come. What follows are additions where those before
+  // Deterministic mode: key blocks add to the columns of a dQ tile that a thread block sums one
+  // after the other (core/turn_order.h); their counter is the number of those that have. Two
+  // threads keep the turns, so that the consumers never stall for the polling, nor the next turn
+  // for the fence, which waits for the adds to arrive.
+  __device__ __forceinline__ int* counter(const QueryStep& at) const {
+    return arguments.params.dq_turn +
+           int64_t(tile_index(arguments.params, work, at)) * Traits::kCluster +
+           cluster_rank<Traits::kCluster>();
+  }
+
+  // Tells the consumers when a tile's turn has come. What follows are additions where those before
   // were made, and no reads.
   __device__ __forceinline__ void take_turns() const {
     const BackwardParams& params = arguments.params;
-    const TurnOrder order(params, Traits::kTileM, Traits::kTileN, work.kv_head(params));
+    const TurnOrder order(params, Traits::kTileM, Traits::kClusterKeys, work.kv_head(params));
     wait_for_previous_kernel();  // which zeroes the counters
     QueryStep at = QueryStep::first(work);
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
-      const int turn = order.turn(work.coord.block, at.block);
-      CUTE_UNROLL
-      for (int part = 0; part < Traits::kDqParts; ++part) {
-        const int n = step * Traits::kDqParts + part;
-        poll_count(counters(at) + part, turn);
-        if (n > 0) smem.barriers.turn_seen.wait((n - 1) & 1);
-        smem.barriers.turn_come.arrive();
-      }
+      poll_count(counter(at), order.turn(work.coord.block, at.block));
+      if (step > 0) smem.barriers.turn_seen.wait((step - 1) & 1);
+      smem.barriers.turn_come.arrive();
     }
   }
 
-  // Tells the next key block when a part's turn is over.
+  // Tells the next key block when a tile's turn is over.
   __device__ __forceinline__ void pass_turns() const {
     wait_for_previous_kernel();
     QueryStep at = QueryStep::first(work);
     CUTE_NO_UNROLL
     for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
-      CUTE_UNROLL
-      for (int part = 0; part < Traits::kDqParts; ++part) {
-        smem.barriers.turn_used.wait((step * Traits::kDqParts + part) & 1);
-        smem.barriers.turn_seen.arrive();
-        __threadfence();
-        atomicAdd(counters(at) + part, 1);
-      }
+      smem.barriers.turn_used.wait(step & 1);
+      smem.barriers.turn_seen.arrive();
+      __threadfence();
+      atomicAdd(counter(at), 1);
     }
   }
 };

@@ -16,7 +16,6 @@ struct RoleConsumer : RegisterConsumer<Traits> {
   using Base = RegisterConsumer<Traits>;
   using Base::Base, Base::smem, Base::work, Base::thread;
   using typename Base::AccDq, typename Base::AccS, typename Base::Element;
-  static_assert(Traits::kDqParts == 1);
 
   // This thread's values i to i + 3 of the step's P^T.
   __device__ __forceinline__ float4& shared_p(int i) const {
@@ -26,7 +25,7 @@ struct RoleConsumer : RegisterConsumer<Traits> {
   // B7, which is under way.
   __device__ __forceinline__ void finish_dq(int step, int tile, AccDq& acc_dq) const {
     finish_gemm<0>(acc_dq);
-    this->add_dq(step, this->dq_target(tile), 0, acc_dq);
+    this->add_dq(step, this->dq_target(tile), acc_dq);
   }
 };
 
@@ -64,7 +63,7 @@ struct ProbabilityConsumer : RoleConsumer<Traits> {
     if constexpr (!kLast) next = this->start_scores(step + 1, acc);
     AccDq acc_dq;
     this->wait_for_ds(step);
-    this->start_dq(step, 0, acc_dq);
+    this->start_dq(step, acc_dq);
     int next_tile = 0;
     if constexpr (kLast) {
       finish_gemm<1>(acc_dv);
@@ -120,7 +119,7 @@ struct GradientConsumer : RoleConsumer<Traits> {
     if constexpr (!kLast) this->start_dp(step + 1, acc);
     AccDq acc_dq;
     this->wait_for_ds(step);
-    this->start_dq(step, 0, acc_dq);
+    this->start_dq(step, acc_dq);
     if constexpr (kLast) {
       finish_gemm<1>(acc_dk);
     } else {

@@ -27,6 +27,10 @@ struct BackwardTraits {
   static constexpr int kTileN = kTileN_;
   static constexpr ConsumerSplit kSplit = kSplit_;
   static constexpr bool kSplitColumns = kSplit == ConsumerSplit::kColumns;
+  // Thread blocks whose keys are neighbours. They load Q and dO for each other, and add to dQ as
+  // one: each sums a part of its columns over the keys of all. See backward_columns.cuh.
+  static constexpr int kCluster = kSplitColumns ? 2 : 1;
+  static constexpr int kClusterKeys = kCluster * kTileN;
   static constexpr int kStages = 2;  // of Q
   // dO of a step is read in the first half of the step, Q by the step before and to the end.
   static constexpr int kDoutStages = kSplitColumns ? 1 : 2;
@@ -41,12 +45,11 @@ struct BackwardTraits {
   static constexpr int kColumns = kSplitColumns ? kHeadDim / kConsumers : kHeadDim;
   static constexpr int kColumnsV = kSplitColumns ? kHeadDimV / kConsumers : kHeadDimV;
 
-  // dQ: half of the rows or of the columns for each consumer; in parts where the accumulators of
-  // the half would not fit beside those of dK or dV.
+  // dQ: a part of the rows or of the columns for each consumer of the cluster.
   static constexpr bool kSplitDqRows = kTileM == 128;
-  static constexpr int kDqParts = kHeadDim > 192 ? 2 : 1;
-  static constexpr int kDqRows = kSplitDqRows ? kTileM / kConsumers : kTileM;
-  static constexpr int kDqColumns = kSplitDqRows ? kHeadDim : kHeadDim / kConsumers / kDqParts;
+  static constexpr int kDqParts = kCluster * kConsumers;
+  static constexpr int kDqRows = kSplitDqRows ? kTileM / kDqParts : kTileM;
+  static constexpr int kDqColumns = kSplitDqRows ? kHeadDim : kHeadDim / kDqParts;
   static constexpr int kDqElements = kTileM * kHeadDim;
   static constexpr int kDqPartElements = kDqRows * kDqColumns;
   // dQ is converted by the way, through shared memory, where that has room. See dq_accumulator.cuh.
@@ -54,9 +57,12 @@ struct BackwardTraits {
   static_assert(kDqRows == 64);
 
   // Buffers of dS (kColumns: and of P). A consumer writes that of step n when it knows that the
-  // other one has stored dS of step n - 1 (kKeys, kColumns) or P of step n (kRoles). The other one
-  // has then finished dQ of step n - 3, which ran one step late, or all of step n - 2.
-  static constexpr int kScoreBuffers = kSplit == ConsumerSplit::kKeys ? 3 : 2;
+  // other one has stored dS of step n - 1 (kKeys) or P of step n (kRoles). The other one has then
+  // finished dQ of step n - 3, which ran one step late, or all of step n - 2. kColumns: when dO of
+  // step n is there, all have finished dV of step n - 1; for dS there is a barrier.
+  static constexpr int kScoreBuffers = kSplit == ConsumerSplit::kKeys    ? 3
+                                       : kSplit == ConsumerSplit::kRoles ? 2
+                                                                         : 1;
   static constexpr int kDsArrivals =
       kSplit == ConsumerSplit::kRoles ? kWarpGroupThreads : kConsumers * kWarpsPerGroup;
 
@@ -70,6 +76,18 @@ struct BackwardTraits {
   using SharedP = std::conditional_t<kSplitColumns, Element[kScoreBuffers][kTileM * kTileN],
                                      float[kSplit == ConsumerSplit::kRoles ? kTileM * kTileN : 1]>;
 
+  // A part of dQ that is being converted.
+  struct Converted {
+    alignas(1024) Element dq[kDqPartElements];
+    alignas(128) float sums[kDqPartElements];
+  };
+  // From the other thread block of the cluster: the columns of K whose dQ this one sums, and dS.
+  struct Peer {
+    alignas(1024) Element k[kTileN * kHeadDim / 2];
+    alignas(1024) Element ds[kTileM * kTileN];
+  };
+  struct Nothing {};
+
   struct SharedStorage {
     alignas(1024) Element k[kTileN * kHeadDim];   // dK on its way out
     alignas(1024) Element v[kTileN * kHeadDimV];  // dV on its way out
@@ -77,29 +95,29 @@ struct BackwardTraits {
     alignas(1024) Element dout[kDoutStages][kTileM * kHeadDimV];
     alignas(1024) Element ds[kScoreBuffers][kTileM * kTileN];
     alignas(1024) SharedP p;
+    std::conditional_t<(kCluster > 1), Peer, Nothing> peer;
     alignas(128) float lse[kStages][kTileM];
     alignas(128) float delta[kDoutStages][kTileM];
-    BackwardBarriers<kStages, kDoutStages, kScoreBuffers, kDsArrivals> barriers;
+    BackwardBarriers<kStages, kDoutStages, kScoreBuffers, kDsArrivals, kCluster> barriers;
     QueryTile tile[kStages];  // that Q's stage holds
     BlockRange whole_rows;    // of the loading thread, which has no registers for them
-    // A part of dQ that is being converted.
-    alignas(1024) Element dq[kDqRing ? kDqPartElements : 1];
-    alignas(128) float dq_sums[kDqRing ? kDqPartElements : 1];
+    std::conditional_t<kDqRing, Converted, Nothing> converted;
   };
   static constexpr int kSmemBytes = int(sizeof(SharedStorage));
   static_assert(kSmemBytes <= 227 * 1024);
 };
 
 struct BackwardArguments {
-  CUtensorMap q, k, v, dout;  // boxes of kTileM, kTileN, kTileN, kTileM rows
+  CUtensorMap q, k, v, dout;  // boxes of kTileM / kCluster, kTileN, kTileN, kTileM / kCluster rows
   CUtensorMap dk, dv, dq;     // of kGradientKeys, kGradientKeys, kDqRows rows
   CUtensorMap lse, delta;     // rows of kTileM numbers
   BackwardParams params;
 };
 
+// Blocks of keys of a head, one for each cluster.
 template <class Traits>
 __device__ __forceinline__ int key_blocks(const BackwardParams& params) {
-  return ceil_div(params.shape.seqlen_k, Traits::kTileN);
+  return ceil_div(params.shape.seqlen_k, Traits::kClusterKeys);
 }
 // Query tiles of a KV head: of all heads of the group.
 template <class Traits>
@@ -114,15 +132,15 @@ __device__ __forceinline__ int tiles_before_slots(const BackwardParams& params, 
   return head / params.dq_slots * params.dq_slots * query_tiles<Traits>(params);
 }
 
-// The key block and KV head of a thread block.
+// The key block and KV head of a cluster.
 template <class Traits>
 __device__ __forceinline__ TileCoord tile_of(const BackwardParams& params, unsigned index) {
   return backward_tile(index, key_blocks<Traits>(params), params.shape.heads_k, params.shape.batch,
                        params.tail_heads, params.heads_together, params.last_block_first);
 }
 
-// What a thread block works on: key block `coord.block` of KV head `coord.head`, for `steps` pairs
-// of (query head of the group, query block).
+// What a thread block works on: its keys of key block `coord.block` of KV head `coord.head`, for
+// `steps` pairs of (query head of the group, query block), those of its cluster.
 template <class Traits>
 struct BackwardWork {
   TileCoord coord;
@@ -134,14 +152,16 @@ struct BackwardWork {
   __device__ __forceinline__ BackwardWork(const BackwardParams& params, unsigned index)
       : coord(tile_of<Traits>(params, index)),
         group(params.shape.heads_q / params.shape.heads_k),
-        key_begin(coord.block * Traits::kTileN) {
-    blocks = VisibleKeys(params.shape, params.window)
-                 .query_blocks(key_begin, Traits::kTileM, Traits::kTileN);
+        key_begin(coord.block * Traits::kClusterKeys +
+                  cluster_rank<Traits::kCluster>() * Traits::kTileN) {
+    blocks =
+        VisibleKeys(params.shape, params.window)
+            .query_blocks(coord.block * Traits::kClusterKeys, Traits::kTileM, Traits::kClusterKeys);
     steps = group * max(blocks.end - blocks.begin, 0);
     start = blocks.end - 1;
     direction = -1;
     if (params.dq_turn != nullptr) {
-      const TurnOrder order(params, Traits::kTileM, Traits::kTileN, kv_head(params));
+      const TurnOrder order(params, Traits::kTileM, Traits::kClusterKeys, kv_head(params));
       start = order.start(coord.block, blocks);
       direction = order.downwards ? -1 : 1;
     }

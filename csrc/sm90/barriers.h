@@ -37,6 +37,14 @@ using LoadBarrier = cutlass::arch::ClusterTransactionBarrier;
 inline constexpr int kWarpGroupThreads = 128;
 inline constexpr int kWarpsPerGroup = 4;
 
+// Waits for all threads of the cluster that have not ended.
+template <int kCluster>
+__device__ __forceinline__ void sync_cluster() {
+  if constexpr (kCluster > 1) {
+    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+  }
+}
+
 // kCluster: thread blocks whose consumers read what a thread block loads.
 template <int kGroups, int kStages, int kCluster>
 struct ForwardBarriers {

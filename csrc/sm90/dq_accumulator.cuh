@@ -1,7 +1,7 @@
 // The fp32 dQ accumulator in global memory that key blocks share (steps B7 and B8).
 //
 // It is private to the backward, so a (kTileM, kHeadDim) tile lies in parts as the consumers have
-// them (BackwardTraits::kDqParts each): value group i of thread t in part p is at
+// them (BackwardTraits::kDqParts): value group i of thread t in part p is at
 // ((p * groups + i) * 128 + t) * 4. A warp adds to whole cache lines, in the order of its lanes:
 // lanes in another order cost 10% of the kernel.
 //
@@ -127,7 +127,7 @@ __device__ __forceinline__ void wait_for_dq_slot(const BackwardParams& params,
 // in the consumers, too.
 template <class Traits>
 struct DqConverter {
-  static constexpr int kParts = kConsumers * Traits::kDqParts;  // of a tile
+  static constexpr int kParts = Traits::kDqParts;
   const BackwardArguments& arguments;
   typename Traits::SharedStorage& smem;
   const int kv_head, block;  // whose dQ, and which key block's share
@@ -163,26 +163,26 @@ struct DqConverter {
   }
 
   __device__ __forceinline__ void load(int n) const {
-    constexpr int kBytes = sizeof(smem.dq_sums);
+    constexpr int kBytes = sizeof(smem.converted.sums);
     smem.barriers.dq_full.arrive_and_expect_tx(kBytes);
     cute::SM90_BULK_COPY_G2S::copy(sums(n), reinterpret_cast<uint64_t*>(&smem.barriers.dq_full),
-                                   smem.dq_sums, kBytes);
+                                   smem.converted.sums, kBytes);
   }
-  // From smem.dq_sums, which becomes zero, to smem.dq.
+  // From smem.converted.sums, which becomes zero, to smem.converted.dq.
   __device__ __forceinline__ void round(int threads) const {
     const auto take = [&](int i) {
-      float4& x = reinterpret_cast<float4*>(smem.dq_sums)[i];
+      float4& x = reinterpret_cast<float4*>(smem.converted.sums)[i];
       const float4 value = x;
       x = make_float4(0.f, 0.f, 0.f, 0.f);
       return value;
     };
     round_dq<Traits, 1>(take, arguments.params.softmax_scale,
-                        threadIdx.x + threads - kWarpGroupThreads, threads, smem.dq);
+                        threadIdx.x + threads - kWarpGroupThreads, threads, smem.converted.dq);
   }
   __device__ __forceinline__ void store(int n) const {
-    store_dq<Traits>(arguments, smem.dq, kv_head * query_tiles<Traits>(arguments.params) + tile(n),
-                     n % kParts);
-    cute::SM90_BULK_COPY_S2G::copy(smem.dq_sums, sums(n), sizeof(smem.dq_sums));
+    store_dq<Traits>(arguments, smem.converted.dq,
+                     kv_head * query_tiles<Traits>(arguments.params) + tile(n), n % kParts);
+    cute::SM90_BULK_COPY_S2G::copy(smem.converted.sums, sums(n), sizeof(smem.converted.sums));
     cute::tma_store_arrive();
     tma_store_wait<0>();
   }

@@ -10,14 +10,6 @@
 
 namespace flash_attn2::sm90 {
 
-// Waits for all threads of the cluster that have not ended.
-template <int kCluster>
-__device__ __forceinline__ void sync_cluster() {
-  if constexpr (kCluster > 1) {
-    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
-  }
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardArguments arguments) {

@@ -133,6 +133,24 @@ __device__ __forceinline__ void tma_load_for_all(const CUtensorMap& map, uint64_
   }
 }
 
+// Starts the copy of `bytes` of shared memory to the same thread block's or another's of the
+// cluster: to `target`, where `barrier` counts them, both as seen from this one.
+__device__ __forceinline__ void copy_to_peer(const void* source, void* target, uint64_t* barrier,
+                                             int bytes, int rank) {
+  const auto remote = [rank](void* address) {
+    uint32_t mapped;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(mapped)
+                 : "r"(cute::cast_smem_ptr_to_uint(address)), "r"(rank));
+    return mapped;
+  };
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(remote(target)),
+      "r"(cute::cast_smem_ptr_to_uint(source)), "r"(bytes), "r"(remote(barrier))
+      : "memory");
+}
+
 // Starts the load of row `row` of a make_row_map.
 __device__ __forceinline__ void tma_load_row(const CUtensorMap& map, uint64_t* barrier, float* smem,
                                              int row) {
