@@ -88,16 +88,16 @@ __device__ __forceinline__ int cluster_rank() {
   return kCluster == 1 ? 0 : int(blockIdx.x % kCluster);
 }
 
-// The same at the barriers of all thread blocks of the cluster. That of its own, to which racecheck
-// follows a lane's reads, is for lane 0.
+// The same at the barriers of all thread blocks of the cluster. `rank`: of this one, for lane 0, to
+// whose arrival racecheck follows the lane's reads.
 template <int kCluster>
-__device__ __forceinline__ void arrive_at_all(Barrier& barrier, int thread) {
+__device__ __forceinline__ void arrive_at_all(Barrier& barrier, int thread, int rank) {
   if constexpr (kCluster == 1) {
     arrive_as_warp(barrier, thread);
   } else {
     __syncwarp();
     const int lane = thread % 32;
-    if (lane < kCluster) barrier.arrive(cluster_rank<kCluster>() ^ lane);
+    if (lane < kCluster) barrier.arrive(rank ^ lane);
   }
 }
 

@@ -54,8 +54,10 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
   }
   // Starts dP = dO V^T (B3).
   __device__ __forceinline__ void start_dp(int step, AccS& acc) const {
-    auto dout = operand_a<MmaS>(this->tile_dout(step));
-    const auto v = operand_b<MmaS>(part<kKeys, kHeadDimV>(this->tile_v(), recompute(consumer), 0));
+    // Descriptors from before the loop would not fit the uniform registers.
+    const int zero = opaque_zero();
+    auto dout = operand_a<MmaS>(smem_tile<kTileM, kHeadDimV>(smem.dout[zero]));
+    const auto v = operand_b<MmaS>(part<kKeys, kHeadDimV>(this->tile_v(), consumer + zero, 0));
     this->wait_for_dout(step);
     start_gemm<MmaS, Accumulate::kNo>(dout, v, acc);
   }
@@ -131,44 +133,61 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     start_gemm<typename Base::MmaDq, Accumulate::kYes>(ds, k, acc);
   }
 
-  // B2 to B7 for one query tile. What is added to dQ leaves the SM slowly. Until then it holds up
-  // the warp's accesses to shared memory and whoever writes a register that it comes from, so it is
-  // added where products wait in line. `target` is carried from step to step, as registers of its
-  // own are never in the way.
-  __device__ __forceinline__ void take(int step, int& tile, float*& target) {
-    AccS acc_p, acc_ds;
+  // B5 to B7 of a step whose P and dS are stored and, except in the last, B2 to B4 of the next one.
+  // dS is on its way to the other thread block under three products. What is added to dQ leaves the
+  // SM slowly. Until then it holds up the warp's accesses to shared memory and whoever writes a
+  // register that it comes from, so it is added where products wait in line. `target`, for dQ of
+  // query tile `tile`, is carried from step to step, as registers of its own are never in the way.
+  // acc_p: P of the next step then.
+  template <bool kLast>
+  __device__ __forceinline__ void take(int step, AccS& acc_p, int& tile, float*& target) {
     AccDq acc_dq;
-    QueryTile at = start_scores(step, acc_p);
-    start_dp(step, acc_ds);
-    finish_gemm<1>(acc_p);
-    at = share(at);
-    finish_scores(step, at, acc_p);
-    finish_gemm<0>(acc_ds);
-    make_score_gradients(step, acc_p, acc_ds);
     this->wait_for_ds(step);
     start_dv(step);
     this->start_dq(step, acc_dq);
-    start_peer_dq(step, acc_dq);
     start_dk(step);
-    target += int64_t(at.sums - tile) * Traits::kDqElements;
-    tile = at.sums;
-    finish_gemm<3>(acc_dv);
+    finish_gemm<2>(acc_dv);
     this->release_dout(step);
-    finish_gemm<1>(acc_dq);
-    this->add_dq(step, target, acc_dq);
-    finish_gemm<0>(acc_dk);
-    this->release_q(step);
-    arrive_at_all<Traits::kCluster>(smem.barriers.ds_empty, thread);
+    start_peer_dq(step, acc_dq);
+    if constexpr (kLast) {
+      finish_gemm<0>(acc_dk, acc_dq);
+      this->add_dq(step, target, acc_dq);
+    } else {
+      QueryTile next = start_scores(step + 1, acc_p);
+      finish_gemm<2>(acc_dk);
+      this->release_q(step);
+      finish_gemm<1>(acc_dq);
+      this->add_dq(step, target, acc_dq);
+      arrive_at_all<Traits::kCluster>(smem.barriers.ds_empty, thread, this->rank);
+      AccS acc_ds;
+      start_dp(step + 1, acc_ds);
+      finish_gemm<1>(acc_p);
+      next = share(next);
+      target += int64_t(next.sums - tile) * Traits::kDqElements;
+      tile = next.sums;
+      finish_scores(step + 1, next, acc_p);
+      finish_gemm<0>(acc_ds);
+      make_score_gradients(step + 1, acc_p, acc_ds);
+    }
   }
 
   __device__ __forceinline__ void walk() {
+    AccS acc_p, acc_ds;
     smem.barriers.k_full.wait(0);
+    const QueryTile first = start_scores(0, acc_p);
     smem.barriers.v_full.wait(0);
-    smem.barriers.peer_k_full.wait(0);
-    int tile = 0;
+    start_dp(0, acc_ds);
+    finish_gemm<1>(acc_p);
+    const QueryTile at = share(first);
+    int tile = at.sums;
     float* target = this->dq_target(tile);
+    finish_scores(0, at, acc_p);
+    finish_gemm<0>(acc_ds);
+    make_score_gradients(0, acc_p, acc_ds);
+    smem.barriers.peer_k_full.wait(0);
     CUTE_NO_UNROLL
-    for (int step = 0; step < work.steps; ++step) take(step, tile, target);
+    for (int step = 0; step < work.steps - 1; ++step) take<false>(step, acc_p, tile, target);
+    take<true>(work.steps - 1, acc_p, tile, target);
   }
 
   // B8. acc: (columns, keys).

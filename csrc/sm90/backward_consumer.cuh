@@ -24,11 +24,17 @@ struct BackwardConsumer {
   const int consumer;
   // Inside the warpgroup.
   const int thread;
+  const int rank;  // of the thread block in its cluster
 
   __device__ __forceinline__ BackwardConsumer(const BackwardArguments& arguments,
                                               typename Traits::SharedStorage& smem,
                                               const BackwardWork<Traits>& work, int consumer)
-      : arguments(arguments), smem(smem), work(work), consumer(consumer), thread(own_thread()) {}
+      : arguments(arguments),
+        smem(smem),
+        work(work),
+        consumer(consumer),
+        thread(own_thread()),
+        rank(own_rank()) {}
 
   // Through a shuffle of its own lane's, which ptxas does not repeat: it would read the special
   // register anew in every step, where that waits behind the additions to dQ. The bounds of it let
@@ -38,6 +44,12 @@ struct BackwardConsumer {
     const unsigned thread =
         __shfl_sync(0xffffffffu, threadIdx.x % kWarpGroupThreads, threadIdx.x % 32);
     return Traits::kTileM == 128 ? thread % kWarpGroupThreads : thread;
+  }
+
+  // Not from its special register in every step, likewise.
+  __device__ __forceinline__ static int own_rank() {
+    if constexpr (Traits::kCluster == 1) return 0;
+    return cluster_rank<Traits::kCluster>() ^ opaque_zero();
   }
 
   // Shared-memory tiles.
@@ -89,17 +101,16 @@ struct BackwardConsumer {
   }
   // The buffers of Q (and L) or of dO (and D) of a step are no longer needed.
   __device__ __forceinline__ void release_q(int step) const {
-    arrive_at_all<Traits::kCluster>(smem.barriers.q_empty[Stages{uint32_t(step)}.stage()], thread);
+    arrive_at_all<Traits::kCluster>(smem.barriers.q_empty[Stages{uint32_t(step)}.stage()], thread,
+                                    rank);
   }
   __device__ __forceinline__ void release_dout(int step) const {
     arrive_at_all<Traits::kCluster>(smem.barriers.dout_empty[DoutStages{uint32_t(step)}.stage()],
-                                    thread);
+                                    thread, rank);
   }
 
   // This consumer's part of the cluster's dQ.
-  __device__ __forceinline__ int dq_part() const {
-    return cluster_rank<Traits::kCluster>() * kConsumers + recompute(consumer);
-  }
+  __device__ __forceinline__ int dq_part() const { return rank * kConsumers + recompute(consumer); }
   // Starts that of dQ = dS K, over all keys of the tile (B7).
   __device__ __forceinline__ void start_dq(int step, AccDq& acc) const {
     const int index = dq_part();

@@ -26,12 +26,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   let_next_kernel_start();
   if (threadIdx.x == 0) smem.barriers.init();
   __syncthreads();
-  sync_cluster<Traits::kCluster>();
+  arrive_at_cluster<Traits::kCluster>();  // the loading thread waits later
   const unsigned index = blockIdx.x / Traits::kCluster;
   const int group = cutlass::canonical_warp_group_idx();
   // The work is made after setmaxnreg, so that it takes registers of the new share.
   if (group == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (threadIdx.x > 0) wait_for_cluster<Traits::kCluster>();
     if (threadIdx.x == 0) {
       BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.run();
     } else if (ordered && threadIdx.x == 32) {
@@ -49,6 +50,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    wait_for_cluster<Traits::kCluster>();
     const BackwardWork<Traits> work(params, index);
     if constexpr (Traits::kSplit == ConsumerSplit::kKeys) {
       KeysConsumer<Traits>(arguments, smem, work, group - 1).run();

@@ -90,9 +90,9 @@ struct BackwardProducer {
     if (work.steps > 0) {
       load_k();  // in the order in which the consumers want them
       load_v();
-      if constexpr (Traits::kCluster > 1) load_peer_k();
     }
-    wait_for_previous_kernel();  // which makes L and D, and zeroes dQ
+    wait_for_cluster<Traits::kCluster>();  // whose barriers are there then
+    wait_for_previous_kernel();            // which makes L and D, and zeroes dQ
     const int before_slots =
         tiles_before_slots<Traits>(arguments.params, work.kv_head(arguments.params));
     smem.whole_rows = whole_rows();
@@ -108,6 +108,9 @@ struct BackwardProducer {
       const Ring<Traits::kDoutStages> dout_ring{uint32_t(step)};
       smem.barriers.dout_empty[dout_ring.stage()].wait(dout_ring.parity() ^ 1);
       load_dout(step, at, tile);
+      if constexpr (Traits::kCluster > 1) {
+        if (step == 0) load_peer_k();
+      }
     }
     if (Traits::kDqRing && has_converters(arguments.params, work)) {
       smem.barriers.done.wait(0);

@@ -10,7 +10,8 @@ namespace flash_attn2::sm90 {
 template <class Element, int kHeadDim, int kHeadDimV = kHeadDim>
 struct BackwardTiles;
 
-// BackwardTraits: head_dim, tile_m, tile_n, what the consumers share, V's head_dim where it differs
+// BackwardTraits: head_dim, tile_m, tile_n, what the consumers share, V's head_dim where it
+// differs, most keys, for which tiles fill the sequence better
 template <class Element>
 struct BackwardTiles<Element, 64> {
   using Rows = std::tuple<BackwardTraits<Element, 64, 128, 128, ConsumerSplit::kKeys>>;
@@ -37,7 +38,8 @@ struct BackwardTiles<Element, 192> {
 };
 template <class Element>
 struct BackwardTiles<Element, 256> {
-  using Rows = std::tuple<BackwardTraits<Element, 256, 64, 80, ConsumerSplit::kColumns>>;
+  using Rows = std::tuple<BackwardTraits<Element, 256, 64, 64, ConsumerSplit::kColumns, 256, 512>,
+                          BackwardTraits<Element, 256, 64, 80, ConsumerSplit::kColumns>>;
 };
 
 // Adds one row of the table to the registry; one a file.

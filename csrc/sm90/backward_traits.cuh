@@ -1,6 +1,8 @@
 // Types, shared memory and work of one sm90 backward kernel.
 #pragma once
 
+#include <limits>
+
 #include "../core/schedule.h"
 #include "../core/softmax.cuh"
 #include "../core/turn_order.h"
@@ -18,13 +20,14 @@ enum class ConsumerSplit {
 };
 
 template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, ConsumerSplit kSplit_,
-          int kHeadDimV_ = kHeadDim_>
+          int kHeadDimV_ = kHeadDim_, int kMaxKeys_ = std::numeric_limits<int>::max()>
 struct BackwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;    // of Q, K and their gradients
   static constexpr int kHeadDimV = kHeadDimV_;  // of V, O and their gradients
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
+  static constexpr int kMaxKeys = kMaxKeys_;  // the plan takes other tiles for more
   static constexpr ConsumerSplit kSplit = kSplit_;
   static constexpr bool kSplitColumns = kSplit == ConsumerSplit::kColumns;
   // Thread blocks whose keys are neighbours. They load Q and dO for each other, and add to dQ as

@@ -39,10 +39,17 @@ inline constexpr int kWarpsPerGroup = 4;
 
 // Waits for all threads of the cluster that have not ended.
 template <int kCluster>
+__device__ __forceinline__ void arrive_at_cluster() {
+  if constexpr (kCluster > 1) asm volatile("barrier.cluster.arrive;" ::: "memory");
+}
+template <int kCluster>
+__device__ __forceinline__ void wait_for_cluster() {
+  if constexpr (kCluster > 1) asm volatile("barrier.cluster.wait;" ::: "memory");
+}
+template <int kCluster>
 __device__ __forceinline__ void sync_cluster() {
-  if constexpr (kCluster > 1) {
-    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
-  }
+  arrive_at_cluster<kCluster>();
+  wait_for_cluster<kCluster>();
 }
 
 // kCluster: thread blocks whose consumers read what a thread block loads.

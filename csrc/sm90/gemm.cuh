@@ -21,6 +21,14 @@ __device__ __forceinline__ int recompute(int x) {
   return x;
 }
 
+// A zero that ptxas does not know, for the same purpose: `recompute` leaves no instruction behind.
+// For converged warps.
+__device__ __forceinline__ int opaque_zero() {
+  unsigned lanes;
+  asm volatile("activemask.b32 %0;" : "=r"(lanes));
+  return int(~lanes);
+}
+
 // (rows, columns) tile, columns contiguous, in slabs of all rows by kBox columns: one swizzle span
 // and one TMA box each.
 template <int kRows, int kColumns, int kBox = kBoxColumns<kColumns>, class Element>
