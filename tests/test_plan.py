@@ -35,7 +35,7 @@ REASONS = (
     r"runs up to sm_\d+, \w+ is sm_\d+",
     r"is of family sm\d+, asked for is sm\d+",
     r"needs \d+ bytes of shared memory, \w+ gives a block \d+",
-    r"serves seqlen_k <= \d+, the inputs have \d+",
+    r"serves seqlen_k <= \d+( without a mask)?, the inputs have \d+",
     r"takes no mask",
     r"takes \d+ tiles of a head at a time, the inputs have \d+",
     r"fits, but \w+ has smaller head_dim buckets \(\d+ \+ \d+ < \d+ \+ \d+\)",
@@ -107,7 +107,9 @@ def test_refusals_name_the_head_dims(direction):
                 assert reason == f"serves head_dim_v <= {other['head_dim_v']}, the inputs have {dv}"
             elif other["family"] == "sm90":
                 sums = f"({d} + {dv} < {other['head_dim']} + {other['head_dim_v']})"
-                assert reason.endswith(f"{plan['kernel']} has smaller head_dim buckets {sums}")
+                short = f"serves seqlen_k <= {other['max_unmasked_keys']} "
+                smaller = f"{plan['kernel']} has smaller head_dim buckets {sums}"
+                assert reason.startswith(short) or reason.endswith(smaller)
 
 
 def test_an_unfiltered_build_serves_every_head_dim_up_to_256():
@@ -277,7 +279,7 @@ def test_a_grid_of_teams_has_a_tile_for_each(row):
         assert (plan["kernel"], plan["grid"]) == (row["name"], grid)
 
 
-CLUSTERS = [row for row in KERNELS.values() if row["cluster"] > 1]
+CLUSTERS = [row for row in KERNELS.values() if row["cluster"] > 1 and row["direction"] == "forward"]
 
 
 @pytest.mark.parametrize("row", CLUSTERS, ids=lambda row: row["name"])
@@ -300,6 +302,24 @@ def test_clusters_take_whole_groups_of_tiles_without_a_mask(row):
     for window in ({"window_right": 0}, {"window_left": 9}, {"window_left": 9, "window_right": 9}):
         assert KERNELS[plan(2 * cluster, **window)["kernel"]]["cluster"] == 1
         assert reason(plan(2 * cluster, **window)) == "takes no mask"
+
+
+@pytest.mark.parametrize("mask", [{}, {"window_right": 0}, {"window_left": 9}])
+def test_backward_clusters_take_any_mask_and_any_number_of_tiles(mask):
+    rows = [
+        row for row in KERNELS.values() if row["cluster"] > 1 and row["direction"] == "backward"
+    ]
+    if not rows:
+        pytest.skip("no backward of clusters in this build")
+    for row in rows:
+        keys = row["tile_n"] * row["cluster"]
+        longest = min(row["max_keys"], 99 * keys)
+        for seqlen_k in (longest - keys + 1, longest):
+            plan = plan_for(
+                "backward", row["dtype"], head_dim=row["head_dim"], seqlen_k=seqlen_k, **mask
+            )
+            assert plan["kernel"] == row["name"]
+            assert plan["grid"] % (-(-seqlen_k // keys) * row["cluster"]) == 0
 
 
 @needs_sm90

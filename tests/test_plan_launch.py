@@ -31,7 +31,8 @@ def test_forward_grid_is_row_blocks_of_all_query_heads(seqlen):
 @pytest.mark.parametrize("seqlen", [0, 1, 31, 32, 33, 127, 128, 129, 1000, 131072])
 def test_backward_grid_is_column_blocks_of_all_kv_heads(seqlen):
     plan = plan_for("backward", seqlen_q=77, seqlen_k=seqlen, batch=3, heads_q=6, heads_k=2)
-    assert plan["grid"] == 3 * 2 * -(-seqlen // plan["tile_n"])
+    cluster = KERNELS[plan["kernel"]]["cluster"]
+    assert plan["grid"] == 3 * 2 * -(-seqlen // (plan["tile_n"] * cluster)) * cluster
 
 
 @needs_sm80
@@ -205,17 +206,19 @@ def test_backward_workspace_of_a_ring(seqlen_q, seqlen_k, batch):
 
 
 @needs_sm90
-@pytest.mark.parametrize("head_dim, parts", [(64, 1), (128, 1), (192, 1), (256, 2)])
-def test_parts_of_dq_have_turns_of_their_own(head_dim, parts):
-    """sm90: a counter for each query tile and part, and the ticket, beside the default's."""
+@pytest.mark.parametrize("head_dim, cluster", [(64, 1), (128, 1), (192, 1), (256, 2)])
+def test_parts_of_dq_have_turns_of_their_own(head_dim, cluster):
+    """sm90: counters for each query tile, one a thread block of the cluster, and the ticket."""
     lengths = {"batch": 3, "heads_q": 5, "heads_k": 1, "seqlen_q": 5000, "seqlen_k": 200}
     default, deterministic = (
         plan_for("backward", head_dim=head_dim, family="sm90", deterministic=turns, **lengths)
         for turns in (False, True)
     )
-    row_blocks = 3 * 5 * -(-5000 // KERNELS[default["kernel"]]["tile_m"])
+    row = KERNELS[default["kernel"]]
+    assert row["cluster"] == cluster
+    row_blocks = 3 * 5 * -(-5000 // row["tile_m"])
     difference = deterministic["workspace_bytes"] - default["workspace_bytes"]
-    assert difference == round_up(4 * row_blocks * parts, 256) + 256
+    assert difference == round_up(4 * row_blocks * cluster, 256) + 256
 
 
 CAUSAL, WINDOW = {"window_right": 0}, {"window_left": 100, "window_right": 0}

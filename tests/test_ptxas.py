@@ -59,11 +59,9 @@ def test_names_of_sm90_kernels_have_the_head_dim_of_v_and_the_cluster(head_dim_v
         traits = f"13ForwardTraits{element}Li128ELi112ELi{head_dim_v}ELi{cluster}EEEEEv"
         forward = ptxas.row_name(f"{namespace}14forward_kernelINS0_{traits}")
         assert forward == f"sm90_fwd_fp16_{name}_128x112{blocks}"
-    split = "LNS0_13ConsumerSplitE1E"
-    backward = (
-        f"15backward_kernelINS0_14BackwardTraits{element}Li64ELi64E{split}Li{head_dim_v}EEEEEv"
-    )
-    assert ptxas.row_name(namespace + backward) == f"sm90_bwd_fp16_{name}_64x64"
+        split = f"LNS0_13ConsumerSplitE1ELi{head_dim_v}ELi{cluster}E"
+        backward = f"15backward_kernelINS0_14BackwardTraits{element}Li64ELi64E{split}EEEEv"
+        assert ptxas.row_name(namespace + backward) == f"sm90_bwd_fp16_{name}_64x64{blocks}"
 
 
 def test_names_with_substitutions_and_without_a_kernel():

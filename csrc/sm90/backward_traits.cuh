@@ -20,7 +20,8 @@ enum class ConsumerSplit {
 };
 
 template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, ConsumerSplit kSplit_,
-          int kHeadDimV_ = kHeadDim_, int kMaxKeys_ = std::numeric_limits<int>::max()>
+          int kHeadDimV_ = kHeadDim_, int kCluster_ = 1,
+          int kMaxKeys_ = std::numeric_limits<int>::max()>
 struct BackwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;    // of Q, K and their gradients
@@ -32,7 +33,8 @@ struct BackwardTraits {
   static constexpr bool kSplitColumns = kSplit == ConsumerSplit::kColumns;
   // Thread blocks whose keys are neighbours. They load Q and dO for each other, and add to dQ as
   // one: each sums a part of its columns over the keys of all. See backward_columns.cuh.
-  static constexpr int kCluster = kSplitColumns ? 2 : 1;
+  static constexpr int kCluster = kCluster_;
+  static_assert(kCluster == (kSplitColumns ? 2 : 1));
   static constexpr int kClusterKeys = kCluster * kTileN;
   static constexpr int kStages = 2;  // of Q
   // dO of a step is read in the first half of the step, Q by the step before and to the end.

@@ -57,7 +57,7 @@ def row_name(mangled: str) -> str:
 
     flash_attn2::sm80::forward_kernel<ForwardTraits<bfloat16_t, 128, 128, 64, ...>> is the row
     sm80_fwd_bf16_d128_128x64: the traits name dtype, head dim, tile_m and tile_n in this order, and
-    those of sm90 then V's head dim, and in the forward the thread blocks of a cluster.
+    those of sm90 then V's head dim and the thread blocks of a cluster.
     Other kernels, such as the backward's pre- and post-processing, get family, function, dtype and
     their numbers: sm80 backward_convert_dq_kernel<fp16, 64>.
     """
@@ -73,7 +73,7 @@ def row_name(mangled: str) -> str:
         head_dim, tile_m, tile_n = numbers[:3]
         head_dim_v = numbers[3] if family == "sm90" else head_dim
         value = f"_v{head_dim_v}" if head_dim_v != head_dim else ""
-        cluster = numbers[4] if (family, direction) == ("sm90", "fwd") else "1"
+        cluster = numbers[4] if family == "sm90" else "1"
         blocks = f"_x{cluster}" if cluster != "1" else ""
         return f"{family}_{direction}_{dtype}_d{head_dim}{value}_{tile_m}x{tile_n}{blocks}"
     arguments = ", ".join(([dtype] if dtype else []) + numbers)
