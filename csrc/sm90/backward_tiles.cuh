@@ -10,8 +10,8 @@ namespace flash_attn2::sm90 {
 template <class Element, int kHeadDim, int kHeadDimV = kHeadDim>
 struct BackwardTiles;
 
-// BackwardTraits: head_dim, tile_m, tile_n, what the consumers share, V's head_dim, thread blocks of
-// a cluster, most keys. Up to 512 keys narrower tiles fill the sequence better.
+// BackwardTraits: head_dim, tile_m, tile_n, what the consumers share, V's head_dim, thread blocks
+// of a cluster, most keys. Up to 512 keys narrower tiles fill the sequence better.
 template <class Element>
 struct BackwardTiles<Element, 64> {
   using Rows = std::tuple<BackwardTraits<Element, 64, 128, 128, ConsumerSplit::kKeys>>;
@@ -38,8 +38,9 @@ struct BackwardTiles<Element, 192> {
 };
 template <class Element>
 struct BackwardTiles<Element, 256> {
-  using Rows = std::tuple<BackwardTraits<Element, 256, 64, 64, ConsumerSplit::kColumns, 256, 2, 512>,
-                          BackwardTraits<Element, 256, 64, 80, ConsumerSplit::kColumns, 256, 2>>;
+  using Rows =
+      std::tuple<BackwardTraits<Element, 256, 64, 64, ConsumerSplit::kColumns, 256, 2, 512>,
+                 BackwardTraits<Element, 256, 64, 80, ConsumerSplit::kColumns, 256, 2>>;
 };
 
 // Adds one row of the table to the registry; one a file.
