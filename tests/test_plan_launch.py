@@ -141,6 +141,56 @@ def test_a_persistent_grid_takes_all_heads_together_where_tiles_are_few():
     assert persistent_group(seqlen_q=512, seqlen_k=512, window_right=0, heads_q=16, heads_k=4) == 32
 
 
+@pytest.mark.parametrize(
+    "head_dim, seqlen",
+    [(64, 512), (128, 512), (128, 1024), (128, 2048), (256, 1024), (256, 2048)],
+)
+def test_the_last_heads_side_by_side_even_out_a_causal_persistent_grid(head_dim, seqlen):
+    """16 thousand tokens, hidden size 2048, on an H200; a tile takes a step for each of its key
+    blocks, and about one more to begin and to end."""
+    heads, batch = 2048 // head_dim, 16384 // seqlen
+    if head_dim not in built("forward", EXTENSION.build_info()["dtypes"][0]):
+        pytest.skip(f"this build has no head dim {head_dim}")
+    lengths = {"seqlen_q": seqlen, "seqlen_k": seqlen, "window_right": 0}
+    plan = plan_for(
+        "forward", batch=batch, heads_q=heads, heads_k=heads, head_dim=head_dim, **lengths
+    )
+    if not is_persistent(plan):
+        pytest.skip("no persistent kernel in this build")
+    assert plan["heads_per_group"] == 1
+    row = KERNELS[plan["kernel"]]
+    teams = GPUS["H200"]["sm_count"] * row["teams"]
+    ends = range(seqlen, 0, -row["tile_m"])  # longest tile first
+    steps = [1 + -(-end // row["tile_n"]) for end in ends]
+
+    def share_of_time_used(tail):
+        order = steps * (heads * batch - tail) + [n for n in steps for _ in range(tail)]
+        times = [0] * teams
+        for index, n in enumerate(order):  # every other round backwards
+            place = index % teams
+            times[place if index // teams % 2 == 0 else teams - 1 - place] += n
+        return sum(times) / teams / max(times)
+
+    assert share_of_time_used(plan["tail_heads"]) > 0.985 > 0.975 > share_of_time_used(1)
+
+
+@pytest.mark.parametrize(
+    "sizes, groups",
+    [
+        ({"seqlen_k": 131072}, (1, 1)),  # no mask
+        ({"seqlen_k": 131072, "window_right": 0}, (14, 12)),  # 40 heads: two of 14, one of 12
+        ({"seqlen_k": 512, "seqlen_q": 512, "window_right": 0}, (40, 40)),  # few tiles
+    ],
+    ids=["no mask", "groups", "all"],
+)
+def test_the_tail_is_what_whole_groups_leave(sizes, groups):
+    sizes = {"seqlen_q": 131072, "heads_q": 20, "heads_k": 20, "batch": 2, **sizes}
+    plan = plan_for("forward", head_dim=EXTENSION.build_info()["head_dims"][0], **sizes)
+    if not is_persistent(plan):
+        pytest.skip("no persistent kernel in this build")
+    assert (plan["heads_per_group"], plan["tail_heads"]) == groups
+
+
 @needs_sm80
 def test_heads_per_group_is_one_kv_head_when_none_fits():
     assert group_for(2**24, batch=2, heads_q=16, heads_k=4) == 4

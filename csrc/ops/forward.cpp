@@ -39,6 +39,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   params.lse = lse.mutable_data_ptr<float>();
   params.softmax_scale = scaled.scale;
   params.heads_per_group = plan.heads_per_group;
+  params.tail_heads = plan.tail_heads;
   plan.row->forward(params, plan.launch, c10::cuda::getCurrentCUDAStream().stream());
   return {std::move(out), std::move(lse)};
 }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 
 namespace flash_attn2 {
@@ -14,7 +15,7 @@ constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 constexpr int64_t kMaxLengthSum = kMaxInt - 1024;
 constexpr int64_t kWorkspaceAlignment = 256;
 constexpr int64_t kBytesPerElement = 2;  // fp16 and bf16
-// See heads_of_group and heads_of_persistent_group.
+// See heads_of_group and plan_persistent_groups.
 constexpr int64_t kHeadsOfGroup = 16;
 constexpr int64_t kMostTilesOfHead = 16;
 constexpr int64_t kManyRounds = 7;
@@ -193,26 +194,40 @@ int heads_of_group(const AttentionShape& shape, const Window& window, const Devi
                                             ceil_div(kHeadsOfGroup, group) * group));
 }
 
-// The same for a persistent grid, whose tiles are shared out beforehand. Tiles of different lengths
-// come out even head by head only where there are many of them and few a head, and are worth it
-// only where the products are most of the work: not in the tall tiles of small head dims. Else
-// all heads go together, the longest tile of each first, or, where that is more than L2 holds,
-// groups of about 16 heads, of nearly equal size: still few enough for all thread blocks of one
-// head to take turns with what one of them read. docs/performance.md has the shares of idle time.
-int heads_of_persistent_group(const AttentionShape& shape, const Window& window,
-                              const KernelRow& row, const DeviceLimits& device) {
+// The same for a persistent grid, whose tiles are shared out beforehand: the heads of a group, and
+// those of the last one (sm90/schedule.cuh). Tiles of different lengths come out even head by head
+// only where there are many of them and few a head, in rounds of the teams that repeat: what is
+// left after these, and no less than a round, goes side by side at the end, where the short tiles
+// make up for each other. And it is worth it only where the products are most of the work: not in
+// the tall tiles of small head dims. Else all heads go together, the longest tile of each first,
+// or, where that is more than L2 holds, groups of about 16 heads, of nearly equal size: still few
+// enough for all thread blocks of one head to take turns with what one of them read.
+// docs/performance.md has the shares of idle time.
+void plan_persistent_groups(Plan& plan, const Problem& problem, const DeviceLimits& device) {
+  const KernelRow& row = *plan.row;
+  const AttentionShape& shape = problem.shape;
+  plan.tail_heads = 1;
+  if (tiles_are_equal(problem.window)) return;
   const int64_t query_heads = std::max<int64_t>(int64_t{shape.batch} * shape.heads_q, 1);
-  const int64_t tiles = query_tiles(row, shape);
-  const int64_t rounds = tiles * query_heads / (device.sm_count * row.teams);
-  const bool head_by_head =
-      tiles <= kMostTilesOfHead && rounds >= kManyRounds && row.tile_m <= kTallestHeadByHead;
-  if (tiles_are_equal(window) || head_by_head) return 1;
-  if (rounds < kManyRounds) return static_cast<int>(query_heads);
-  const int64_t group = shape.heads_q / shape.heads_k;
-  int64_t heads = std::max<int64_t>(heads_that_share_l2(shape, device.l2_bytes),
-                                    ceil_div(kHeadsOfGroup, group) * group);
-  heads = ceil_div(query_heads, ceil_div(query_heads, heads));
-  return static_cast<int>(std::min(ceil_div(heads, group) * group, query_heads));
+  const int64_t tiles = std::max<int64_t>(query_tiles(row, shape), 1);
+  const int64_t teams = device.sm_count * row.teams;
+  const int64_t rounds = tiles * query_heads / teams;
+  if (rounds < kManyRounds) {
+    plan.heads_per_group = plan.tail_heads = static_cast<int>(query_heads);
+  } else if (tiles <= kMostTilesOfHead && row.tile_m <= kTallestHeadByHead) {
+    const int64_t heads_that_repeat = std::lcm(tiles, 2 * teams) / tiles;
+    int64_t tail = query_heads % heads_that_repeat;
+    if (0 < tail && tail * tiles < teams) tail += heads_that_repeat;
+    plan.tail_heads = static_cast<int>(std::clamp<int64_t>(tail, 1, query_heads));
+  } else {
+    const int64_t group = shape.heads_q / shape.heads_k;
+    int64_t heads = std::max<int64_t>(heads_that_share_l2(shape, device.l2_bytes),
+                                      ceil_div(kHeadsOfGroup, group) * group);
+    heads = ceil_div(query_heads, ceil_div(query_heads, heads));
+    heads = std::min(ceil_div(heads, group) * group, query_heads);
+    plan.heads_per_group = static_cast<int>(heads);
+    plan.tail_heads = static_cast<int>((query_heads - 1) % heads + 1);
+  }
 }
 
 // Whether to convert dQ on the way. Under a causal mask thread blocks end at different times, and
@@ -397,9 +412,11 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
     const int64_t resident = clusters_at_a_time(row, device) * row.cluster;
     plan.launch.grid =
         row.persistent ? std::min(ceil_div(row_blocks, row.teams), resident) : row_blocks;
-    plan.heads_per_group = row.persistent
-                               ? heads_of_persistent_group(shape, problem.window, row, device)
-                               : heads_of_group(shape, problem.window, device);
+    if (row.persistent) {
+      plan_persistent_groups(plan, problem, device);
+    } else {
+      plan.heads_per_group = heads_of_group(shape, problem.window, device);
+    }
   } else {
     plan.launch.grid = count_blocks("seqlen_k", shape.seqlen_k, row.tile_n,
                                     int64_t{shape.batch} * shape.heads_k, row.cluster);

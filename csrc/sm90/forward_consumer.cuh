@@ -40,7 +40,7 @@ struct ForwardConsumer {
 
   const ForwardArguments& arguments;
   typename Traits::TeamStorage& smem;
-  const int team, group, thread;  // group: inside the team; thread: inside the group
+  const int group, thread;  // group: inside the team; thread: inside the group
   const VisibleKeys visible;
   const float scale_log2;
   Ring<Traits::kStages> ring;  // of the block whose scores are next; V's may be one use behind
@@ -49,17 +49,20 @@ struct ForwardConsumer {
   AccO acc_out;
   P probabilities;
   RowSoftmax<kRows> softmax;
+  typename Traits::Schedule schedule;
+  ForwardTile next_tile;  // if there are `more`
+  bool more;
 
   __device__ __forceinline__ ForwardConsumer(const ForwardArguments& arguments,
                                              typename Traits::TeamStorage& smem, int team,
                                              int group)
       : arguments(arguments),
         smem(smem),
-        team(team),
         group(group),
         thread(threadIdx.x % kWarpGroupThreads),
         visible(arguments.params.shape, arguments.params.window),
-        scale_log2(arguments.params.softmax_scale * kLog2e) {}
+        scale_log2(arguments.params.softmax_scale * kLog2e),
+        schedule(arguments.params, arguments.divisors, team) {}
 
   // Every warp tells the producer that it no longer reads the buffer.
   __device__ __forceinline__ void release(Barrier& empty) const {
@@ -193,6 +196,7 @@ struct ForwardConsumer {
     }
     const Ring<Traits::kStages> last{ring.use - 1};
     issue_output(last);
+    if constexpr (Traits::kTwoConsumers) advance();
     finish_output(last);
   }
 
@@ -247,6 +251,10 @@ struct ForwardConsumer {
     __syncwarp();
   }
 
+  // Finds the next tile; nothing hides the divisions between two tiles. Two consumers do it under
+  // the last products of a tile, where they would only wait; with more it is no gain.
+  __device__ __forceinline__ void advance() { more = schedule.next(next_tile); }
+
   __device__ __forceinline__ void run_tile(const ForwardTile& tile) {
     const int row_begin = tile.row_begin + group * kGroupRows;
     clear(acc_out);
@@ -261,6 +269,7 @@ struct ForwardConsumer {
     } else {
       if constexpr (Traits::kOwnOutBuffer) release(smem.barriers.q_empty[group]);
       skip(tile.blocks.end - tile.blocks.begin);
+      if constexpr (Traits::kTwoConsumers) advance();
     }
     write_output(tile.coord, row_begin);
     if constexpr (!Traits::kOwnOutBuffer) {
@@ -271,9 +280,12 @@ struct ForwardConsumer {
 
   __device__ __forceinline__ void run() {
     GroupTurns::start(group);
-    typename Traits::Schedule schedule(arguments.params, arguments.divisors, team);
-    ForwardTile tile;
-    while (schedule.next(tile)) run_tile(tile);
+    if constexpr (Traits::kTwoConsumers) {
+      advance();
+      while (more) run_tile(ForwardTile(next_tile));
+    } else {
+      while (schedule.next(next_tile)) run_tile(next_tile);
+    }
     wait_for_store();  // shared memory has to outlive it
   }
 };

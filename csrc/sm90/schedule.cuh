@@ -19,7 +19,9 @@ struct ForwardTile {
 // What the schedule divides by, as multiplications: nothing hides a division between two tiles.
 struct ScheduleDivisors {
   using Divisor = cutlass::FastDivmod;
-  Divisor blocks, tiles_per_group, heads_per_group, heads, heads_per_kv_head;
+  Divisor blocks, tiles_per_group, heads_per_group, tail_heads, heads, heads_per_kv_head;
+  int groups = 0;  // before the tail
+  int tail_begin = 0, first_tail_head = 0;
 
   ScheduleDivisors() = default;
   // `blocks`: of query rows, of one head.
@@ -27,18 +29,23 @@ struct ScheduleDivisors {
       : blocks(blocks),
         tiles_per_group(blocks * params.heads_per_group),  // fits, see the plan
         heads_per_group(params.heads_per_group),
+        tail_heads(params.tail_heads),
         heads(params.shape.heads_q),
-        heads_per_kv_head(params.shape.heads_q / params.shape.heads_k) {}
+        heads_per_kv_head(params.shape.heads_q / params.shape.heads_k),
+        first_tail_head(params.shape.heads_q * params.shape.batch - params.tail_heads) {
+    groups = first_tail_head / params.heads_per_group;
+    tail_begin = first_tail_head * blocks;
+  }
 };
 
 // A static schedule, the same for producer and consumers without a word between them. Rounds of a
-// tile for each team of the grid in forward order (core/schedule.h), every other round backwards,
-// so that the tiles of two rounds add up to about the same length for every team.
+// tile for each team of the grid, every other round backwards, so that the tiles of two rounds add
+// up to about the same length for every team.
 //
-// The plan groups heads where a mask makes the tiles of a head so many and so different that this
-// is not enough. Groups alternate, too: longest tile first in the last one, backwards in the one
-// before, so that lengths change slowly from round to round, also from group to group, and the
-// last tiles are short.
+// Tiles are in forward order (core/schedule.h): groups of heads, in each the longest tiles first,
+// of which the last, the tail, has a size of its own. Groups of more than one head alternate:
+// longest tile first in the tail, backwards in the group before, so that lengths change slowly from
+// round to round, also from group to group, and the last tiles are short.
 template <int kTileM, int kTileN, int kWarpRows, int kTeams>
 struct ForwardSchedule {
   const ForwardParams& params;
@@ -60,22 +67,17 @@ struct ForwardSchedule {
 
   // core/schedule.h's forward_tile without its divisions.
   __device__ __forceinline__ TileCoord coord_of(int index) const {
-    const AttentionShape& shape = params.shape;
     int head, rank;
-    if (params.heads_per_group == 1) {
+    if (index >= divisors.tail_begin) {
+      divisors.tail_heads(rank, head, index - divisors.tail_begin);
+      head += divisors.first_tail_head;
+    } else if (params.heads_per_group == 1) {
       divisors.blocks(head, rank, index);
     } else {
       int group, in_group;
       divisors.tiles_per_group(group, in_group, index);
-      const int first_head = group * params.heads_per_group;
-      const int heads_left = shape.heads_q * shape.batch - first_head;
-      if (heads_left >= params.heads_per_group) {
-        divisors.heads_per_group(rank, head, in_group);
-      } else {
-        rank = in_group / heads_left;
-        head = in_group - rank * heads_left;
-      }
-      head += first_head;
+      divisors.heads_per_group(rank, head, in_group);
+      head += group * params.heads_per_group;
     }
     int batch, head_of_batch;
     divisors.heads(batch, head_of_batch, head);
@@ -89,10 +91,9 @@ struct ForwardSchedule {
     ++round;
     if (index >= tiles) return false;
 
-    if (params.heads_per_group > 1) {
+    if (params.heads_per_group > 1 && int(index) < divisors.tail_begin) {
       const unsigned group = divisors.tiles_per_group.div(int(index));
-      const unsigned last_group = divisors.tiles_per_group.div(int(tiles - 1));
-      if ((last_group - group) % 2 == 1) {  // so the group has all its tiles
+      if ((divisors.groups - group) % 2 == 1) {
         index = (2 * group + 1) * divisors.tiles_per_group.divisor - 1 - index;
       }
     }
