@@ -96,7 +96,8 @@ def test_refusals_name_the_head_dims(direction):
         pytest.skip("no kernel of unequal head dims in this build")
     for row in unequal:
         d, dv = row["head_dim"], row["head_dim_v"]
-        plan = plan_for(direction, row["dtype"], head_dim=d, head_dim_v=dv)
+        # So few keys that rows for short sequences serve, too.
+        plan = plan_for(direction, row["dtype"], head_dim=d, head_dim_v=dv, seqlen_k=100)
         for entry in plan["refused"]:
             other, reason = KERNELS[entry["kernel"]], entry["reason"]
             if (other["direction"], other["dtype"]) != (direction, row["dtype"]):
@@ -107,9 +108,7 @@ def test_refusals_name_the_head_dims(direction):
                 assert reason == f"serves head_dim_v <= {other['head_dim_v']}, the inputs have {dv}"
             elif other["family"] == "sm90":
                 sums = f"({d} + {dv} < {other['head_dim']} + {other['head_dim_v']})"
-                short = f"serves seqlen_k <= {other['max_unmasked_keys']} "
-                smaller = f"{plan['kernel']} has smaller head_dim buckets {sums}"
-                assert reason.startswith(short) or reason.endswith(smaller)
+                assert reason.endswith(f"{plan['kernel']} has smaller head_dim buckets {sums}")
 
 
 def test_an_unfiltered_build_serves_every_head_dim_up_to_256():

@@ -19,8 +19,8 @@
 //   turn_used        8 (consumer warps)     it is added                          turn passer
 //   turn_seen        1 (turn passer)        ... and the passer has seen it       turn taker
 //
-// In a cluster, for whose thread blocks Q and dO are loaded and which exchange dS (kColumns), the
-// warps of all arrive at q_empty, dout_empty and ds_empty, twice as many.
+// Thread blocks of a cluster (kColumns) load Q and dO for each other and exchange dS: there the
+// consumer warps of both arrive at q_empty, dout_empty and ds_empty.
 //
 // turn_* are for deterministic mode. Without ds_empty buffers of P and dS need no barrier for their
 // release, see kScoreBuffers. In kRoles ds_full also says that P has been read: each thread arrives

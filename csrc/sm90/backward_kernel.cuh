@@ -14,7 +14,7 @@
 
 namespace flash_attn2::sm90 {
 
-// A thread block waits only for ones of lower index, which the GPU starts first, or, where dQ is
+// A cluster waits only for ones of lower index, which the GPU starts first, or, where dQ is
 // summed in a fixed order, of its own group, for all of which there is room (core/turn_order.h).
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)

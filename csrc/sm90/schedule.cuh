@@ -42,10 +42,10 @@ struct ScheduleDivisors {
 // tile for each team of the grid, every other round backwards, so that the tiles of two rounds add
 // up to about the same length for every team.
 //
-// Tiles are in forward order (core/schedule.h): groups of heads, in each the longest tiles first,
-// of which the last, the tail, has a size of its own. Groups of more than one head alternate:
-// longest tile first in the tail, backwards in the group before, so that lengths change slowly from
-// round to round, also from group to group, and the last tiles are short.
+// Tiles lie in groups of heads, in each the longest tiles first, as in core/schedule.h, but the
+// last group, the tail, has a size of its own. Groups of more than one head alternate: longest tile
+// first in the tail, backwards in the group before, so that lengths change slowly from round to
+// round, also from group to group, and the last tiles are short.
 template <int kTileM, int kTileN, int kWarpRows, int kTeams>
 struct ForwardSchedule {
   const ForwardParams& params;
@@ -65,7 +65,7 @@ struct ForwardSchedule {
         tiles(unsigned(blocks) * params.shape.heads_q * params.shape.batch),
         team(kTeams == 1 ? 0 : team) {}
 
-  // core/schedule.h's forward_tile without its divisions.
+  // The tile at `index` of that order.
   __device__ __forceinline__ TileCoord coord_of(int index) const {
     int head, rank;
     if (index >= divisors.tail_begin) {

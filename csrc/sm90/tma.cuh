@@ -133,8 +133,8 @@ __device__ __forceinline__ void tma_load_for_all(const CUtensorMap& map, uint64_
   }
 }
 
-// Starts the copy of `bytes` of shared memory to the same thread block's or another's of the
-// cluster: to `target`, where `barrier` counts them, both as seen from this one.
+// Starts the copy of `bytes` of shared memory to thread block `rank` of the cluster. `target`, and
+// `barrier`, which counts them there, are given as the addresses of this thread block's own.
 __device__ __forceinline__ void copy_to_peer(const void* source, void* target, uint64_t* barrier,
                                              int bytes, int rank) {
   const auto remote = [rank](void* address) {
