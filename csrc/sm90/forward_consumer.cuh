@@ -93,10 +93,7 @@ struct ForwardConsumer {
     GroupTurns::pass(group);
     warpgroup_wait<kFirst ? 0 : 1>();
     warpgroup_fence_operand(acc_s);
-    release_block(smem.barriers.k_empty[ring.stage()]);
-    if constexpr (Traits::kLeaveQEarly) {
-      if (last) release(smem.barriers.q_empty[group]);
-    }
+    if constexpr (!Traits::kLeaveLate) leave_scores(last);
 
     if (block >= whole.end || block < whole.begin) {
       const int row = recompute(row_begin + thread_row()), key = block * kTileN + thread % 4 * 2;
@@ -107,12 +104,13 @@ struct ForwardConsumer {
     auto scores = rows_columns(acc_s);
     float factor[kRows], row_sum[kRows];
     bool rescale = softmax.update_max(0, scores);
-    if constexpr (Traits::kTwoConsumers) {
+    if constexpr (Traits::kVote) {
       row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
       asm volatile("" : "+f"(row_sum[0]));  // else the compiler moves them behind the wait
     }
     rescale |= softmax.update_max(1, scores);
-    rescale = !Traits::kTwoConsumers || __any_sync(0xffffffffu, rescale);
+    if constexpr (Traits::kLeaveLate) leave_scores(last);
+    rescale = !Traits::kVote || __any_sync(0xffffffffu, rescale);
     if constexpr (!Traits::kAskLate) look_ahead();
     // Where it is one, this branch also keeps ptxas from waiting for P V before the maxima.
     if (rescale) softmax.rescale(factor, scale_log2);
@@ -121,13 +119,22 @@ struct ForwardConsumer {
       auto out = rows_columns(acc_out);
       if (rescale) scale_rows(out, factor);
     }
-    if constexpr (!Traits::kTwoConsumers) row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
+    if constexpr (!Traits::kVote) row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
     if constexpr (Traits::kAskLate) look_ahead();
     row_sum[1] = softmax.exponentiate(1, scores, scale_log2);
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) softmax.add(i, row_sum[i]);
     round_to(acc_s, probabilities);
     ++ring.use;
+  }
+
+  // Leaves the block of K, and with the last scores of the tile Q. The arrivals also keep ptxas from
+  // waiting for P V before what stands in front of them.
+  __device__ __forceinline__ void leave_scores(bool last) {
+    release_block(smem.barriers.k_empty[ring.stage()]);
+    if constexpr (Traits::kLeaveQEarly) {
+      if (last) release(smem.barriers.q_empty[group]);
+    }
   }
 
   // Asks for what the next step starts with, while there is time to wait for the answer.
