@@ -86,21 +86,23 @@ struct ForwardConsumer {
                                        bool last) {
     const Ring<Traits::kStages> before{ring.use - 1};
     AccS acc_s;
-    if (!k_there) smem.barriers.k_full[ring.stage()].wait(ring.parity());
+    if (kFirst || (Traits::kVote && !k_there)) wait_for_k();
     GroupTurns::wait(group);
     issue_scores(acc_s);
     if constexpr (!kFirst) issue_output(before);
     GroupTurns::pass(group);
-    warpgroup_wait<kFirst ? 0 : 1>();
-    warpgroup_fence_operand(acc_s);
-    if constexpr (!Traits::kLeaveLate) leave_scores(last);
-
+    // The branch comes before the wait, for nothing hides what comes after it.
     if (block >= whole.end || block < whole.begin) {
+      finish_gemm<kFirst ? 0 : 1>(acc_s);
       const int row = recompute(row_begin + thread_row()), key = block * kTileN + thread % 4 * 2;
       hide_columns(acc_s, [&](int j) {
         return BlockRange{visible.first(row + 8 * j) - key, visible.end(row + 8 * j) - key};
       });
+    } else {
+      finish_gemm<kFirst ? 0 : 1>(acc_s);
     }
+    if constexpr (!Traits::kLeaveLate) leave_scores(last);
+
     auto scores = rows_columns(acc_s);
     float factor[kRows], row_sum[kRows];
     bool rescale = softmax.update_max(0, scores);
@@ -126,10 +128,16 @@ struct ForwardConsumer {
     for (int i = 0; i < kRows; ++i) softmax.add(i, row_sum[i]);
     round_to(acc_s, probabilities);
     ++ring.use;
+    // Here and not at the head of the next step: the answer is still in a predicate.
+    if (!Traits::kVote && !last && !k_there) wait_for_k();
   }
 
-  // Leaves the block of K, and with the last scores of the tile Q. The arrivals also keep ptxas from
-  // waiting for P V before what stands in front of them.
+  __device__ __forceinline__ void wait_for_k() const {
+    smem.barriers.k_full[ring.stage()].wait(ring.parity());
+  }
+
+  // Leaves the block of K, and with the last scores of the tile Q. The arrivals also keep ptxas
+  // from waiting for P V before what stands in front of them.
   __device__ __forceinline__ void leave_scores(bool last) {
     release_block(smem.barriers.k_empty[ring.stage()]);
     if constexpr (Traits::kLeaveQEarly) {
@@ -175,14 +183,13 @@ struct ForwardConsumer {
   __device__ __forceinline__ void skip(int blocks) {
     CUTE_NO_UNROLL
     for (; blocks > 0; --blocks) {
-      smem.barriers.k_full[ring.stage()].wait(ring.parity());
+      wait_for_k();
       release_block(smem.barriers.k_empty[ring.stage()]);
       GroupTurns::wait(group);
       GroupTurns::pass(group);
       smem.barriers.v_full[ring.stage()].wait(ring.parity());
       release_block(smem.barriers.v_empty[ring.stage()]);
       ++ring.use;
-      k_there = false;
     }
   }
 
@@ -195,16 +202,21 @@ struct ForwardConsumer {
   __device__ __forceinline__ void attend(int row_begin, const BlockRange& blocks) {
     const BlockRange whole = visible.whole_key_blocks(row_begin, kGroupRows, kTileN);
     int block = blocks.end - 1;
-    step<true>(row_begin, block, whole, block == blocks.begin);
+    bool last = block == blocks.begin;
+    step<true>(row_begin, block, whole, last);
     CUTE_NO_UNROLL
-    while (--block >= blocks.begin) step<false>(row_begin, block, whole, block == blocks.begin);
+    while (!last) {
+      --block;
+      last = block == blocks.begin;
+      step<false>(row_begin, block, whole, last);
+    }
     if constexpr (Traits::kOwnOutBuffer && !Traits::kLeaveQEarly) {
       release(smem.barriers.q_empty[group]);
     }
-    const Ring<Traits::kStages> last{ring.use - 1};
-    issue_output(last);
+    const Ring<Traits::kStages> before{ring.use - 1};
+    issue_output(before);
     if constexpr (Traits::kTwoConsumers) advance();
-    finish_output(last);
+    finish_output(before);
   }
 
   // F7: out = O / l and L = m + log l. Every warp stores its 16 rows by itself.

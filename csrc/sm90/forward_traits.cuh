@@ -55,17 +55,17 @@ struct ForwardTraits {
   static constexpr int kConsumerRegs = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
   static_assert(2 <= kConsumers && kConsumers <= 4 && kTeams <= kWarpsPerGroup);
   static_assert(kTileN % 16 == 0);
+  // The order inside a step, found by trying. Where the output has many columns, two warpgroups
+  // rescale it only after a vote, and compute the exponentials of a thread's first row before,
+  // under the maximum of the second. Elsewhere the branches of the vote cost more than the
+  // products, and all exponentials come after it.
   static constexpr bool kTwoConsumers = kConsumers == 2;
-  // Found by trying, as what follows. Where the output has many columns, two warpgroups rescale it
-  // only after a vote, and fill the time until P V is there with the exponentials of a thread's first
-  // row, under the maximum of the second. Elsewhere the branches of the vote cost more than the
-  // products.
   static constexpr bool kVote = kTwoConsumers && kHeadDimV > 192;
-  // Whether a block of K is left before the maxima or behind them.
+  // Whether a block of K is left behind the maxima or as soon as it was read.
   static constexpr bool kLeaveLate = kTwoConsumers;
   // Whether the next blocks are asked for before the last exponentials of a step, or already before
-  // the output is rescaled. Found by trying.
-  static constexpr bool kAskLate = kTwoConsumers && kHeadDim < 256;
+  // the output is rescaled.
+  static constexpr bool kAskLate = kTwoConsumers && !kVote;
 
   // S (64, kTileN) = Q K^T, both from shared memory; O (64, kHeadDimV) += P V, P from registers.
   using MmaS = SmemMma<Element, kGroupRows, kTileN, Major::K, Major::K>;
