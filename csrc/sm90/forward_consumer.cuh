@@ -128,7 +128,8 @@ struct ForwardConsumer {
     for (int i = 0; i < kRows; ++i) softmax.add(i, row_sum[i]);
     round_to(acc_s, probabilities);
     ++ring.use;
-    // Here and not at the head of the next step: the answer is still in a predicate.
+    // Here and not at the head of the next step: the answer is still in a predicate. With a vote
+    // ptxas would then put all exponentials before it.
     if (!Traits::kVote && !last && !k_there) wait_for_k();
   }
 
@@ -174,8 +175,7 @@ struct ForwardConsumer {
   }
 
   __device__ __forceinline__ void finish_output(const Ring<Traits::kStages>& at) {
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(acc_out);
+    finish_gemm<0>(acc_out);
     release_block(smem.barriers.v_empty[at.stage()]);
   }
 
@@ -301,7 +301,7 @@ struct ForwardConsumer {
     GroupTurns::start(group);
     if constexpr (Traits::kTwoConsumers) {
       advance();
-      while (more) run_tile(ForwardTile(next_tile));
+      while (more) run_tile(ForwardTile(next_tile));  // a copy: it finds the one after
     } else {
       while (schedule.next(next_tile)) run_tile(next_tile);
     }
