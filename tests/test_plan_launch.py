@@ -142,16 +142,20 @@ def test_a_persistent_grid_takes_all_heads_together_where_tiles_are_few():
 
 
 @pytest.mark.parametrize(
-    "head_dim, seqlen",
-    [(64, 512), (128, 512), (128, 1024), (128, 2048), (256, 1024), (256, 2048)],
+    "head_dim, seqlen, window_left",
+    [(64, 512, -1), (128, 512, -1), (128, 1024, -1), (128, 2048, -1), (256, 1024, -1)]
+    + [(256, 2048, -1), (128, 16384, 4095), (256, 8192, 4095)],
 )
-def test_the_last_heads_side_by_side_even_out_a_causal_persistent_grid(head_dim, seqlen):
+def test_the_last_heads_side_by_side_even_out_a_masked_persistent_grid(
+    head_dim, seqlen, window_left
+):
     """16 thousand tokens, hidden size 2048, on an H200; a tile takes a step for each of its key
     blocks, and about one more to begin and to end."""
     heads, batch = 2048 // head_dim, 16384 // seqlen
     if head_dim not in built("forward", EXTENSION.build_info()["dtypes"][0]):
         pytest.skip(f"this build has no head dim {head_dim}")
-    lengths = {"seqlen_q": seqlen, "seqlen_k": seqlen, "window_right": 0}
+    lengths = {"seqlen_q": seqlen, "seqlen_k": seqlen}
+    lengths |= {"window_left": window_left, "window_right": 0}
     plan = plan_for(
         "forward", batch=batch, heads_q=heads, heads_k=heads, head_dim=head_dim, **lengths
     )
@@ -161,7 +165,8 @@ def test_the_last_heads_side_by_side_even_out_a_causal_persistent_grid(head_dim,
     row = KERNELS[plan["kernel"]]
     teams = GPUS["H200"]["sm_count"] * row["teams"]
     ends = range(seqlen, 0, -row["tile_m"])  # longest tile first
-    steps = [1 + -(-end // row["tile_n"]) for end in ends]
+    hidden = seqlen if window_left < 0 else window_left + row["tile_m"]
+    steps = [1 + -(-end // row["tile_n"]) - max(end - hidden, 0) // row["tile_n"] for end in ends]
 
     def share_of_time_used(tail):
         order = steps * (heads * batch - tail) + [n for n in steps for _ in range(tail)]

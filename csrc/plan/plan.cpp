@@ -198,8 +198,9 @@ int heads_of_group(const AttentionShape& shape, const Window& window, const Devi
 // those of the last one (sm90/schedule.cuh). Tiles of different lengths come out even head by head
 // only where there are many of them and few a head, in rounds of the teams that repeat: what is
 // left after these, and no less than a round, goes side by side at the end, where the short tiles
-// make up for each other. And it is worth it only where the products are most of the work: not in
-// the tall tiles of small head dims. Else all heads go together, the longest tile of each first,
+// make up for each other. Between two bounds of a window most tiles of a head have one length, so
+// that there may be many of them, too. And it is worth it only where the products are most of the
+// work: not in the tall tiles of small head dims. Else all heads go together, the longest tile of each first,
 // or, where that is more than L2 holds, groups of about 16 heads, of nearly equal size: still few
 // enough for all thread blocks of one head to take turns with what one of them read.
 // docs/performance.md has the shares of idle time.
@@ -207,14 +208,15 @@ void plan_persistent_groups(Plan& plan, const Problem& problem, const DeviceLimi
   const KernelRow& row = *plan.row;
   const AttentionShape& shape = problem.shape;
   plan.tail_heads = 1;
-  if (tiles_are_equal(problem.window)) return;
+  if (!is_masked(problem.window)) return;
   const int64_t query_heads = std::max<int64_t>(int64_t{shape.batch} * shape.heads_q, 1);
   const int64_t tiles = std::max<int64_t>(query_tiles(row, shape), 1);
   const int64_t teams = device.sm_count * row.teams;
   const int64_t rounds = tiles * query_heads / teams;
   if (rounds < kManyRounds) {
     plan.heads_per_group = plan.tail_heads = static_cast<int>(query_heads);
-  } else if (tiles <= kMostTilesOfHead && row.tile_m <= kTallestHeadByHead) {
+  } else if (row.tile_m <= kTallestHeadByHead &&
+             (tiles <= kMostTilesOfHead || tiles_are_equal(problem.window))) {
     const int64_t heads_that_repeat = std::lcm(tiles, 2 * teams) / tiles;
     int64_t tail = query_heads % heads_that_repeat;
     if (0 < tail && tail * tiles < teams) tail += heads_that_repeat;

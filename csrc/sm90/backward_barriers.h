@@ -1,5 +1,5 @@
 // Every barrier of the sm90 backward: who arrives, who waits, how often. A consumer warp arrives at
-// a mbarrier with one lane, except at ds_full in ConsumerSplit::kRoles.
+// a mbarrier with one lane.
 //
 // mbarriers:
 //
@@ -9,7 +9,7 @@
 //   dout_full[s]     1 (producer) + bytes   stage s holds dO and delta           consumers
 //   q_empty[s]       8 (consumer warps)     Q and LSE of the step are used       producer
 //   dout_empty[s]    8 (consumer warps)     dO and delta of the step are used    producer
-//   ds_full[b]       8; kRoles: 128         buffer b holds dS (kColumns: and P)  consumers, sender
+//   ds_full[b]       8 (consumer warps)     buffer b holds dS (kColumns: and P)  consumers, sender
 //   peer_k_full      1 (producer) + bytes   the other's half of K is there       consumers
 //   peer_ds_full     1 (sender) + bytes     the other's dS is there              consumers
 //   ds_empty         8 (consumer warps)     both dS of the step are used         consumers
@@ -23,16 +23,13 @@
 // consumer warps of both arrive at q_empty, dout_empty and ds_empty.
 //
 // turn_* are for deterministic mode. Without ds_empty buffers of P and dS need no barrier for their
-// release, see kScoreBuffers. In kRoles ds_full also says that P has been read: each thread arrives
-// after its own reads, as racecheck does not follow them through __syncwarp to the arrival of
-// another lane.
+// release, see kScoreBuffers.
 //
 // Named barriers:
 //
 //   consumer(w)      128: consumer w alone
 //   converters       96; deterministic mode: 32. Those warps of the producer's warpgroup alone
-//   shared_p         256: ConsumerSplit::kRoles; the buffer holds a step's P: P's consumer arrives,
-//                    dS's waits
+//   consumers        256: both
 //   turn(w)          256: ConsumerSplit::kKeys; consumer w waits, the other one arrives
 #pragma once
 
@@ -42,7 +39,7 @@ namespace flash_attn2::sm90 {
 
 inline constexpr int kConsumers = 2;
 
-template <int kStages, int kDoutStages, int kScoreBuffers, int kDsArrivals, int kCluster>
+template <int kStages, int kDoutStages, int kScoreBuffers, int kCluster>
 struct BackwardBarriers {
   LoadBarrier k_full, v_full, q_full[kStages], dout_full[kDoutStages], dq_full;
   LoadBarrier peer_k_full, peer_ds_full;
@@ -66,7 +63,7 @@ struct BackwardBarriers {
       dout_full[i].init(1);
       dout_empty[i].init(kConsumerWarps * kCluster);
     }
-    for (int i = 0; i < kScoreBuffers; ++i) ds_full[i].init(kDsArrivals);
+    for (int i = 0; i < kScoreBuffers; ++i) ds_full[i].init(kConsumerWarps);
     ds_empty.init(kConsumerWarps * kCluster);
     done.init(kConsumerWarps);
     turn_come.init(1);
@@ -129,13 +126,9 @@ __device__ __forceinline__ void sync_consumer(int consumer) {
 __device__ __forceinline__ void sync_converters(int threads) {
   cutlass::arch::NamedBarrier::sync(threads, 1 + kConsumers);
 }
-inline constexpr uint32_t kSharedPBarrier = 2 + kConsumers;
-using ConsumerTurns = Turns<kConsumers, kSharedPBarrier + 1>;
-__device__ __forceinline__ void announce_p() {
-  cutlass::arch::NamedBarrier::arrive(kConsumers * kWarpGroupThreads, kSharedPBarrier);
+__device__ __forceinline__ void sync_consumers() {
+  cutlass::arch::NamedBarrier::sync(kConsumers * kWarpGroupThreads, 2 + kConsumers);
 }
-__device__ __forceinline__ void wait_for_p() {
-  cutlass::arch::NamedBarrier::sync(kConsumers * kWarpGroupThreads, kSharedPBarrier);
-}
+using ConsumerTurns = Turns<kConsumers, 3 + kConsumers>;
 
 }  // namespace flash_attn2::sm90

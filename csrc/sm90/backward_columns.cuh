@@ -1,6 +1,7 @@
 // ConsumerSplit::kColumns: for head dims whose dK and dV fill the registers of both warpgroups. A
 // consumer makes P and dS of half of the keys, and sums half of the columns of dK and dV over all
-// keys of the tile; P and dS go through shared memory.
+// keys of the tile; P and dS go through shared memory. One wgmma takes 64 of these columns: where
+// their number is odd, each consumer has half of the keys of those in the middle.
 //
 // What is added to dQ is what limits these kernels, and then the loads of Q and dO. So two thread
 // blocks with neighbouring keys form a cluster: Q and dO are loaded once for both, and they
@@ -15,29 +16,56 @@
 
 namespace flash_attn2::sm90 {
 
+// A consumer's share of a (columns, keys) gradient: of kOuter columns all keys, and of the 64 in
+// the middle, if there are any, its half of the keys.
+template <class Traits, int kColumns_>
+struct GradientShare {
+  static constexpr int kColumns = kColumns_, kOuter = kColumns / 128 * 64;
+  static constexpr bool kMiddle = kColumns % 128 != 0;
+  static_assert(kColumns % 64 == 0);
+  template <int kKeys>
+  using Mma = SmemMma<typename Traits::Element, 64, kKeys, Major::MN, Major::K>;
+  using MmaOuter = Mma<Traits::kTileN>;
+  using MmaMiddle = Mma<Traits::kKeys>;
+
+  Accumulator<MmaOuter, kOuter, Traits::kTileN> outer;
+  Accumulator<MmaMiddle, 64, Traits::kKeys> middle;  // not used if there are none
+
+  // Where the outer columns lie, in units of kOuter.
+  __device__ __forceinline__ static int outer_index(int consumer) {
+    return consumer * (kColumns / kOuter - 1);
+  }
+  __device__ __forceinline__ void clear() {
+    cute::clear(outer);
+    if constexpr (kMiddle) cute::clear(middle);
+  }
+  __device__ __forceinline__ void scale(float factor) {
+    CUTE_UNROLL
+    for (int i = 0; i < size(outer); ++i) outer(i) *= factor;
+    CUTE_UNROLL
+    for (int i = 0; kMiddle && i < size(middle); ++i) middle(i) *= factor;
+  }
+};
+
 template <class Traits>
 struct ColumnsConsumer : BackwardConsumer<Traits> {
   using Base = BackwardConsumer<Traits>;
   using Base::arguments, Base::smem, Base::work, Base::consumer, Base::thread;
   using Base::Base, Base::kTileM, Base::kTileN, Base::kHeadDim, Base::kHeadDimV, Base::kKeys;
-  using typename Base::AccDq, typename Base::Element, typename Base::Scores;
+  using typename Base::AccDq, typename Base::Element;
   static_assert(kTileM == 64 && Traits::kCluster == 2);
-  static constexpr int kColumns = Traits::kColumns, kColumnsV = Traits::kColumnsV;
   using MmaS = SmemMma<Element, kTileM, kKeys, Major::K, Major::K>;  // S, dP
-  using MmaDkv = SmemMma<Element, 64, kTileN, Major::MN, Major::K>;  // dK^T, dV^T
   using AccS = Accumulator<MmaS, kTileM, kKeys>;
-  using AccDk = Accumulator<MmaDkv, kColumns, kTileN>;
-  using AccDv = Accumulator<MmaDkv, kColumnsV, kTileN>;
 
-  AccDk acc_dk;
-  AccDv acc_dv;
+  GradientShare<Traits, kHeadDim> dk;
+  GradientShare<Traits, kHeadDimV> dv;
 
   // (keys, queries) tiles: P and dS as the B operands of dV^T and dK^T.
-  __device__ __forceinline__ auto tile_p(int step) const {
-    return smem_tile<kTileN, kTileM>(smem.p[Scores{uint32_t(step)}.stage()]);
+  __device__ __forceinline__ auto tile_p() const {
+    return smem_tile<kTileN, kTileM>(smem.columns.p);
   }
-  __device__ __forceinline__ auto tile_ds_by_keys(int step) const {
-    return smem_tile<kTileN, kTileM>(smem.ds[Scores{uint32_t(step)}.stage()]);
+  __device__ __forceinline__ auto tile_ds_by_keys() const {
+    return smem_tile<kTileN, kTileM>(smem.ds[0]);
   }
   // The first of the thread's two rows of a (64 queries, keys) product; the other is 8 further.
   __device__ __forceinline__ int thread_row() const { return thread / 32 * 16 + thread % 32 / 4; }
@@ -79,7 +107,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     for (int i = 0; i < size(acc); ++i) {
       acc(i) = exp2f(acc(i) * scale_log2 - lse_of_row[i / 2 % 2]);
     }
-    store_scores(acc, tile_p(step));
+    store_scores(acc, tile_p());
   }
 
   // B4: dS = P (dP - D), in place of dP and to shared memory.
@@ -89,8 +117,8 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     CUTE_UNROLL
     for (int i = 0; i < size(acc); ++i) acc(i) = p(i) * (acc(i) - delta_of_row[i / 2 % 2]);
     smem.barriers.ds_empty.wait(step & 1 ^ 1);
-    store_scores(acc, tile_ds_by_keys(step));
-    arrive_as_warp(smem.barriers.ds_full[Scores{uint32_t(step)}.stage()], thread);
+    store_scores(acc, tile_ds_by_keys());
+    arrive_as_warp(smem.barriers.ds_full[0], thread);
   }
 
   // This consumer's (queries, keys) part of P or dS, rounded, to the (keys, queries) tile.
@@ -108,26 +136,49 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     }
   }
 
+  // Starts gradient += rows^T scores. `rows`: the (queries, columns) tile of Q or dO. `scores`: the
+  // (keys, queries) tile of P or dS.
+  template <class Share, class Rows, class Scores>
+  __device__ __forceinline__ void start_gradient(Share& share, const Rows& rows,
+                                                 const Scores& scores) {
+    using Outer = typename Share::MmaOuter;
+    using Middle = typename Share::MmaMiddle;
+    const auto columns = transposed(rows);
+    auto outer = operand_a<Outer>(
+        part<Share::kOuter, kTileM>(columns, Share::outer_index(recompute(consumer)), 0));
+    const auto keys = operand_b<Outer>(scores);
+    issue_gemm<Outer, Accumulate::kYes>(outer, keys, share.outer);
+    if constexpr (Share::kMiddle) {
+      auto middle = operand_a<Middle>(part<64, kTileM>(columns, Share::kOuter / 64, 0));
+      const auto own_keys = operand_b<Middle>(part<kKeys, kTileM>(scores, recompute(consumer), 0));
+      issue_gemm<Middle, Accumulate::kYes>(middle, own_keys, share.middle);
+    }
+    warpgroup_commit_batch();
+  }
+  template <int kGroups, class Share>
+  __device__ __forceinline__ static void finish_gradient(Share& share) {
+    if constexpr (Share::kMiddle) {
+      finish_gemm<kGroups>(share.outer, share.middle);
+    } else {
+      finish_gemm<kGroups>(share.outer);
+    }
+  }
   // Starts dV^T += dO^T P (B5), after wait_for_ds: a consumer stores P before dS.
   __device__ __forceinline__ void start_dv(int step) {
-    auto dout = operand_a<MmaDkv>(
-        part<kColumnsV, kTileM>(transposed(this->tile_dout(step)), recompute(consumer), 0));
-    const auto p = operand_b<MmaDkv>(tile_p(step));
-    start_gemm<MmaDkv, Accumulate::kYes>(dout, p, acc_dv);
+    start_gradient(dv, this->tile_dout(step), tile_p());
   }
   // Starts dK^T += Q^T dS (B6).
   __device__ __forceinline__ void start_dk(int step) {
-    auto q = operand_a<MmaDkv>(
-        part<kColumns, kTileM>(transposed(this->tile_q(step)), recompute(consumer), 0));
-    const auto ds = operand_b<MmaDkv>(tile_ds_by_keys(step));
-    start_gemm<MmaDkv, Accumulate::kYes>(q, ds, acc_dk);
+    start_gradient(dk, this->tile_q(step), tile_ds_by_keys());
   }
 
   // Goes on with dQ: the other thread block's keys.
   __device__ __forceinline__ void start_peer_dq(int step, AccDq& acc) const {
     smem.barriers.peer_ds_full.wait(step & 1);
-    auto ds = operand_a<typename Base::MmaDq>(transposed(smem_tile<kTileN, kTileM>(smem.peer.ds)));
-    const auto tile = smem_tile<kTileN, kHeadDim / Traits::kCluster, Traits::kBoxK>(smem.peer.k);
+    auto ds = operand_a<typename Base::MmaDq>(
+        transposed(smem_tile<kTileN, kTileM>(smem.columns.peer_ds)));
+    const auto tile =
+        smem_tile<kTileN, kHeadDim / Traits::kCluster, Traits::kBoxK>(smem.columns.peer_k);
     const auto k = operand_b<typename Base::MmaDq>(
         part<Traits::kDqColumns, kTileN>(transposed(tile), recompute(consumer), 0));
     start_gemm<typename Base::MmaDq, Accumulate::kYes>(ds, k, acc);
@@ -146,15 +197,16 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     start_dv(step);
     this->start_dq(step, acc_dq);
     start_dk(step);
-    finish_gemm<2>(acc_dv);
+    finish_gradient<2>(dv);
     this->release_dout(step);
     start_peer_dq(step, acc_dq);
     if constexpr (kLast) {
-      finish_gemm<0>(acc_dk, acc_dq);
+      finish_gradient<1>(dk);
+      finish_gemm<0>(acc_dq);
       this->add_dq(step, target, acc_dq);
     } else {
       QueryTile next = start_scores(step + 1, acc_p);
-      finish_gemm<2>(acc_dk);
+      finish_gradient<2>(dk);
       this->release_q(step);
       finish_gemm<1>(acc_dq);
       this->add_dq(step, target, acc_dq);
@@ -190,34 +242,44 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     take<true>(work.steps - 1, acc_p, tile, target);
   }
 
-  // B8. acc: (columns, keys).
-  template <int kPart, int kBox, class Acc, class Tile>
-  __device__ __forceinline__ void write_columns(const CUtensorMap& map, const Acc& acc,
-                                                const Tile& tile) const {
+  // B8: (columns, keys) results, rounded, to the tile from (key, column) on.
+  template <int kKeysOfPart, class Acc, class Tile>
+  __device__ __forceinline__ void write_columns(const Acc& acc, const Tile& tile, int key,
+                                                int column) const {
+    constexpr int kBlocks = kKeysOfPart / 16;
+    static_assert(kKeysOfPart % 16 == 0);
     const auto values = rounded<Element>(acc);
     const StoreLane lane = StoreLane::columns(thread);
-    const int first = consumer * kPart;
     CUTE_UNROLL
-    for (int m = 0; m < kPart / 64; ++m) {
-      CUTE_UNROLL
-      for (int block = 0; block < kTileN / 16; ++block) {
-        store_block<SM90_U16x8_STSM_T>(
-            values, m * (kTileN / 16) + block,
-            &tile(16 * block + lane.column, first + 64 * m + thread / 32 * 16 + lane.row));
-      }
+    for (int i = 0; i < size(values) / 8; ++i) {
+      store_block<SM90_U16x8_STSM_T>(
+          values, i,
+          &tile(key + i % kBlocks * 16 + lane.column,
+                column + i / kBlocks * 64 + thread / 32 * 16 + lane.row));
     }
-    this->template store_key_gradient<kPart, kBox>(map, tile, 0, first);
+  }
+  // The tile is that of K or V, which nobody reads any more.
+  template <int kBox, class Share, class Tile>
+  __device__ __forceinline__ void write_gradient(const CUtensorMap& map, const Share& share,
+                                                 const Tile& tile) const {
+    const int first = Share::outer_index(consumer) * Share::kOuter;
+    write_columns<kTileN>(share.outer, tile, 0, first);
+    if constexpr (Share::kMiddle) {
+      write_columns<kKeys>(share.middle, tile, first_key(), Share::kOuter);
+      this->template store_key_gradient<Share::kColumns, kBox, kConsumers>(map, tile, 0, 0);
+    } else {
+      this->template store_key_gradient<Share::kOuter, kBox>(map, tile, 0, first);
+    }
   }
 
   __device__ __forceinline__ void run() {
-    clear(acc_dk);
-    clear(acc_dv);
+    dk.clear();
+    dv.clear();
     if (work.steps > 0) walk();
     this->wait_for_both();
-    write_columns<kColumnsV, kBoxColumns<kHeadDimV>>(arguments.dv, acc_dv, this->tile_v());
-    CUTE_UNROLL
-    for (int i = 0; i < size(acc_dk); ++i) acc_dk(i) *= arguments.params.softmax_scale;
-    write_columns<kColumns, Traits::kBoxK>(arguments.dk, acc_dk, this->tile_k());
+    write_gradient<kBoxColumns<kHeadDimV>>(arguments.dv, dv, this->tile_v());
+    dk.scale(arguments.params.softmax_scale);
+    write_gradient<Traits::kBoxK>(arguments.dk, dk, this->tile_k());
     this->wait_for_stores();
   }
 };

@@ -139,14 +139,18 @@ struct BackwardConsumer {
     smem.barriers.done.wait(0);
   }
 
-  // B8: a part of dK or dV, which this consumer has written over K or V from (key, column) of the
-  // tile on, leaves.
-  template <int kColumns, int kBox, class Tile>
+  // B8: a part of dK or dV, which this consumer, or kWriters of them together, have written over K
+  // or V from (key, column) of the tile on, leaves.
+  template <int kColumns, int kBox, int kWriters = 1, class Tile>
   __device__ __forceinline__ void store_key_gradient(const CUtensorMap& map, const Tile& tile,
                                                      int key, int column) const {
     cutlass::arch::fence_view_async_shared();
-    sync_consumer(consumer);
-    if (thread == 0) {
+    if constexpr (kWriters == 1) {
+      sync_consumer(consumer);
+    } else {
+      sync_consumers();
+    }
+    if (thread == 0 && (kWriters == 1 || consumer == 0)) {
       tma_store<kTileN, kColumns, kBox>(
           map, &tile(key, column),
           {work.key_begin + key, work.coord.head, work.coord.batch, column});

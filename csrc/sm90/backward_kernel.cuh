@@ -10,7 +10,6 @@
 #include "backward_columns.cuh"
 #include "backward_keys.cuh"
 #include "backward_producer.cuh"
-#include "backward_roles.cuh"
 
 namespace flash_attn2::sm90 {
 
@@ -54,12 +53,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     const BackwardWork<Traits> work(params, index);
     if constexpr (Traits::kSplit == ConsumerSplit::kKeys) {
       KeysConsumer<Traits>(arguments, smem, work, group - 1).run();
-    } else if constexpr (Traits::kSplit == ConsumerSplit::kColumns) {
-      ColumnsConsumer<Traits>(arguments, smem, work, group - 1).run();
-    } else if (group == 1) {
-      ProbabilityConsumer<Traits>(arguments, smem, work, 0).run();
     } else {
-      GradientConsumer<Traits>(arguments, smem, work, 1).run();
+      ColumnsConsumer<Traits>(arguments, smem, work, group - 1).run();
     }
   }
   sync_cluster<Traits::kCluster>();  // shared memory has to outlive what the other sends

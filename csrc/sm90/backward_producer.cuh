@@ -30,7 +30,8 @@ struct BackwardProducer {
     constexpr int kColumns = Traits::kHeadDim / Traits::kCluster;
     const int rank = cluster_rank<Traits::kCluster>();
     tma_load<Traits::kTileN, kColumns, Traits::kBoxK>(
-        arguments.k, open(smem.barriers.peer_k_full, sizeof(smem.peer.k)), smem.peer.k,
+        arguments.k, open(smem.barriers.peer_k_full, sizeof(smem.columns.peer_k)),
+        smem.columns.peer_k,
         {work.key_begin + (rank == 0 ? Traits::kTileN : -Traits::kTileN), work.coord.head,
          work.coord.batch, rank * kColumns});
   }
@@ -47,7 +48,7 @@ struct BackwardProducer {
     int consumers = 0;
     CUTE_UNROLL
     for (int c = 0; c < kConsumers; ++c) {
-      const int shift = c * Traits::kKeys % Traits::kTileN;
+      const int shift = c * Traits::kKeys;
       consumers |= int(!whole.contains(row_begin - shift)) << c;
     }
     return consumers;
@@ -126,10 +127,10 @@ struct BackwardProducer {
     for (int step = 0; step < work.steps; ++step) {
       smem.barriers.ds_full[0].wait(step & 1);
       cutlass::arch::fence_view_async_shared();
-      open(smem.barriers.peer_ds_full, sizeof(smem.peer.ds));
-      copy_to_peer(smem.ds[0], smem.peer.ds,
-                   reinterpret_cast<uint64_t*>(&smem.barriers.peer_ds_full), sizeof(smem.peer.ds),
-                   peer);
+      open(smem.barriers.peer_ds_full, sizeof(smem.columns.peer_ds));
+      copy_to_peer(smem.ds[0], smem.columns.peer_ds,
+                   reinterpret_cast<uint64_t*>(&smem.barriers.peer_ds_full),
+                   sizeof(smem.columns.peer_ds), peer);
     }
   }
 

@@ -1,6 +1,6 @@
 // Consumers with (keys, queries) products: P^T and dS^T of a thread are also the A operands, in
 // registers, of dV and dK. Steps B2 to B6 of a tile and the store of dK and dV; the walks over the
-// query tiles are in backward_keys.cuh and backward_roles.cuh.
+// query tiles is in backward_keys.cuh.
 #pragma once
 
 #include "backward_consumer.cuh"
@@ -57,9 +57,7 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
   using LsePairs = std::conditional_t<kTileM == 128, ShuffledPairs<kTileM>, LoadedPairs>;
 
   // Of this consumer's S^T, inside the tile.
-  __device__ __forceinline__ int first_key() const {
-    return kTileN == kKeys ? 0 : recompute(consumer) * kKeys;
-  }
+  __device__ __forceinline__ int first_key() const { return recompute(consumer) * kKeys; }
 
   // Starts S^T = K Q^T (B2). Returns the step's query tile, for `share`.
   __device__ __forceinline__ QueryTile start_scores(int step, AccS& acc) const {
@@ -138,11 +136,7 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
       store_block<SM90_U16x8_STSM_T>(ds, block, target + 16 * block * kBoxColumns<kTileN>);
     }
     Barrier& full = smem.barriers.ds_full[typename Base::Scores{uint32_t(step)}.stage()];
-    if constexpr (Traits::kDsArrivals == kConsumers * kWarpsPerGroup) {
-      arrive_as_warp(full, thread);
-    } else {
-      full.arrive();
-    }
+    arrive_as_warp(full, thread);
   }
 
   // Starts dV += P^T dO (B5). `p`: P^T as the A operand.

@@ -30,11 +30,11 @@ struct BackwardTiles<Element, 128> {
 };
 template <class Element>
 struct BackwardTiles<Element, 192, 128> {
-  using Rows = std::tuple<BackwardTraits<Element, 192, 64, 64, ConsumerSplit::kRoles, 128>>;
+  using Rows = std::tuple<BackwardTraits<Element, 192, 64, 96, ConsumerSplit::kColumns, 128, 2>>;
 };
 template <class Element>
 struct BackwardTiles<Element, 192> {
-  using Rows = std::tuple<BackwardTraits<Element, 192, 64, 64, ConsumerSplit::kRoles>>;
+  using Rows = std::tuple<BackwardTraits<Element, 192, 64, 96, ConsumerSplit::kColumns, 192, 2>>;
 };
 template <class Element>
 struct BackwardTiles<Element, 256> {

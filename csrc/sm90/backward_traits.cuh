@@ -16,7 +16,6 @@ enum class ConsumerSplit {
   kKeys,     // 64 keys each, see backward_keys.cuh
   kColumns,  // half of the keys of P and dS, half of the columns of dK and dV, see
              // backward_columns.cuh
-  kRoles,    // the same 64 keys, one makes P and dV, the other dS and dK, see backward_roles.cuh
 };
 
 template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, ConsumerSplit kSplit_,
@@ -44,11 +43,9 @@ struct BackwardTraits {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
 
-  // Keys of one consumer's S and dP, of its dK and dV, and columns of these two.
-  static constexpr int kKeys = kSplit == ConsumerSplit::kRoles ? kTileN : kTileN / kConsumers;
+  // Keys of one consumer's S and dP, and of a store of dK and dV.
+  static constexpr int kKeys = kTileN / kConsumers;
   static constexpr int kGradientKeys = kSplitColumns ? kTileN : kKeys;
-  static constexpr int kColumns = kSplitColumns ? kHeadDim / kConsumers : kHeadDim;
-  static constexpr int kColumnsV = kSplitColumns ? kHeadDimV / kConsumers : kHeadDimV;
 
   // dQ: a part of the rows or of the columns for each consumer of the cluster.
   static constexpr bool kSplitDqRows = kTileM == 128;
@@ -58,18 +55,14 @@ struct BackwardTraits {
   static constexpr int kDqElements = kTileM * kHeadDim;
   static constexpr int kDqPartElements = kDqRows * kDqColumns;
   // dQ is converted by the way, through shared memory, where that has room. See dq_accumulator.cuh.
-  static constexpr bool kDqRing = kHeadDim <= 192;
+  static constexpr bool kDqRing = !kSplitColumns;
   static_assert(kDqRows == 64);
 
-  // Buffers of dS (kColumns: and of P). A consumer writes that of step n when it knows that the
-  // other one has stored dS of step n - 1 (kKeys) or P of step n (kRoles). The other one has then
-  // finished dQ of step n - 3, which ran one step late, or all of step n - 2. kColumns: when dO of
-  // step n is there, all have finished dV of step n - 1; for dS there is a barrier.
-  static constexpr int kScoreBuffers = kSplit == ConsumerSplit::kKeys    ? 3
-                                       : kSplit == ConsumerSplit::kRoles ? 2
-                                                                         : 1;
-  static constexpr int kDsArrivals =
-      kSplit == ConsumerSplit::kRoles ? kWarpGroupThreads : kConsumers * kWarpsPerGroup;
+  // Buffers of dS (kColumns: and of P). kKeys: a consumer writes that of step n when it knows that
+  // the other one has stored dS of step n - 1, and has then finished dQ of step n - 3, which ran
+  // one step late. kColumns: when dO of step n is there, all have finished dV of step n - 1; for dS
+  // there is a barrier.
+  static constexpr int kScoreBuffers = kSplitColumns ? 1 : 3;
 
   static constexpr int kBoxK = kBoxColumns<kDqColumns>;  // of K and dK: dQ takes whole slabs
 
@@ -77,19 +70,17 @@ struct BackwardTraits {
   using MmaDq =
       SmemMma<Element, kDqRows, kDqColumns, kSplitColumns ? Major::MN : Major::K, Major::MN>;
 
-  // P: kColumns as the B operand of dV, (keys, queries); kRoles in fp32, thread to thread.
-  using SharedP = std::conditional_t<kSplitColumns, Element[kScoreBuffers][kTileM * kTileN],
-                                     float[kSplit == ConsumerSplit::kRoles ? kTileM * kTileN : 1]>;
-
   // A part of dQ that is being converted.
   struct Converted {
     alignas(1024) Element dq[kDqPartElements];
     alignas(128) float sums[kDqPartElements];
   };
-  // From the other thread block of the cluster: the columns of K whose dQ this one sums, and dS.
-  struct Peer {
-    alignas(1024) Element k[kTileN * kHeadDim / 2];
-    alignas(1024) Element ds[kTileM * kTileN];
+  // kColumns: P, and from the other thread block of the cluster the columns of K whose dQ this one
+  // sums, and dS.
+  struct Columns {
+    alignas(1024) Element p[kTileM * kTileN];
+    alignas(1024) Element peer_k[kTileN * kHeadDim / 2];
+    alignas(1024) Element peer_ds[kTileM * kTileN];
   };
   struct Nothing {};
 
@@ -99,11 +90,10 @@ struct BackwardTraits {
     alignas(1024) Element q[kStages][kTileM * kHeadDim];
     alignas(1024) Element dout[kDoutStages][kTileM * kHeadDimV];
     alignas(1024) Element ds[kScoreBuffers][kTileM * kTileN];
-    alignas(1024) SharedP p;
-    std::conditional_t<(kCluster > 1), Peer, Nothing> peer;
+    std::conditional_t<kSplitColumns, Columns, Nothing> columns;
     alignas(128) float lse[kStages][kTileM];
     alignas(128) float delta[kDoutStages][kTileM];
-    BackwardBarriers<kStages, kDoutStages, kScoreBuffers, kDsArrivals, kCluster> barriers;
+    BackwardBarriers<kStages, kDoutStages, kScoreBuffers, kCluster> barriers;
     QueryTile tile[kStages];  // that Q's stage holds
     BlockRange whole_rows;    // of the loading thread, which has no registers for them
     std::conditional_t<kDqRing, Converted, Nothing> converted;

@@ -106,10 +106,10 @@ __device__ __forceinline__ auto operand_b(const Tile& tile) {
 
 enum class Accumulate { kNo, kYes };
 
-// Starts acc (M, N) (+)= A (M, K) B (N, K)^T and closes a group for finish_gemm. Fragments: A and B
+// Starts acc (M, N) (+)= A (M, K) B (N, K)^T, in a group that is not closed yet. Fragments: A and B
 // descriptors of shared-memory tiles, or A in registers.
 template <class Mma, Accumulate kAccumulate, class A, class B, class Acc>
-__device__ __forceinline__ void start_gemm(A& a, const B& b, Acc& acc) {
+__device__ __forceinline__ void issue_gemm(A& a, const B& b, Acc& acc) {
   Mma mma;
   warpgroup_fence_operand(acc);
   if constexpr (!std::is_same_v<typename A::value_type, GmmaDescriptor>) warpgroup_fence_operand(a);
@@ -120,6 +120,12 @@ __device__ __forceinline__ void start_gemm(A& a, const B& b, Acc& acc) {
     gemm(mma, a(_, _, k), b(_, _, k), acc);
     mma.accumulate_ = GMMA::ScaleOut::One;
   }
+}
+
+// The same, as a group of its own for finish_gemm.
+template <class Mma, Accumulate kAccumulate, class A, class B, class Acc>
+__device__ __forceinline__ void start_gemm(A& a, const B& b, Acc& acc) {
+  issue_gemm<Mma, kAccumulate>(a, b, acc);
   warpgroup_commit_batch();
 }
 
