@@ -120,8 +120,9 @@ def plan(
 
     Returns:
         kernel (row name, None where none fits), family, tile_m, tile_n, threads, grid (blocks),
-        smem_bytes (of a block), workspace_bytes, heads_per_group, dq_slots and dq_lag (KV heads,
-        see csrc/sm90/dq_accumulator.cuh), tail_heads, heads_together and
+        smem_bytes (of a block), workspace_bytes, heads_per_group, head_parts (of a group of
+        query heads, each with dk and dv of its own, summed afterwards), dq_slots and dq_lag (KV
+        heads, see csrc/sm90/dq_accumulator.cuh), tail_heads, heads_together and
         last_block_first (csrc/core/schedule.h), turn_group (csrc/core/turn_order.h), and refused, a
         list of {"kernel", "reason"}.
 

@@ -44,7 +44,7 @@ struct ForwardParams {
 };
 
 struct BackwardParams {
-  AttentionShape shape;
+  AttentionShape shape;  // heads_k: head_parts for each head of K and V
   Window window;
   TensorView q, k, v, out, dout, dq, dk, dv;
   const float* lse = nullptr;   // (batch, heads_q, seqlen_q), contiguous
@@ -63,10 +63,13 @@ struct BackwardParams {
   int* dq_turn = nullptr;  // (batch, heads_q, seqlen_q_rounded / tile_m, dq_parts); null: unordered
                            // adds
   int* ticket = nullptr;   // sm80: one counter that hands out column blocks when dq_turn is used
+  void* dk_parts = nullptr;  // (batch, seqlen_k, heads_k, head_dim), dtype of dk; null: no parts
+  void* dv_parts = nullptr;  // (batch, seqlen_k, heads_k, head_dim_v), likewise
 
-  int dq_parts = 1;  // of a query tile's dQ, each with turns of its own: the thread blocks of a
-                     // cluster have one each
-  int dq_slots = 1;  // KV heads that have a place in dq_accum, which they take in turn
+  int head_parts = 1;  // of a group of query heads, each with dK and dV of its own, see plan/plan.h
+  int dq_parts = 1;    // of a query tile's dQ, each with turns of its own: the thread blocks of a
+                       // cluster have one each
+  int dq_slots = 1;    // KV heads that have a place in dq_accum, which they take in turn
   int dq_lag = 0;  // a thread block converts dQ of the KV head that comes this many before its own
 
   // See core/schedule.h.

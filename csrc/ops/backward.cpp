@@ -37,6 +37,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   const at::Tensor workspace = empty_like_device(q, {plan.workspace.total}, at::kByte);
   BackwardParams params;
   params.shape = problem.shape;
+  params.shape.heads_k *= plan.head_parts;
+  params.head_parts = plan.head_parts;
   params.window = problem.window;
   params.q = view_of(q_in);
   params.k = view_of(k_in);

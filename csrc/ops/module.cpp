@@ -108,6 +108,7 @@ py::dict plan_to_dict(const Problem& problem, const DeviceLimits& device) {
   result["smem_bytes"] = plan.launch.smem_bytes;
   result["workspace_bytes"] = plan.workspace.total;
   result["heads_per_group"] = plan.heads_per_group;
+  result["head_parts"] = plan.head_parts;
   result["dq_slots"] = plan.dq_slots;
   result["dq_lag"] = plan.dq_lag;
   result["tail_heads"] = plan.tail_heads;

@@ -26,7 +26,10 @@ constexpr int64_t kRowsOfDeterministicRing = 2048;
 constexpr int64_t kMaskedRowsOfRing = 4096;
 constexpr int64_t kRowsOfTallRing = 4096;
 constexpr int kTallestOfLongRing = 64;
-// See heads_in_turn.
+// See head_parts.
+constexpr int64_t kRoundsOfWholeGroups = 2;
+constexpr int64_t kStepsToAddParts = 4;
+// See heads_in_turn, and the former of the two.
 constexpr int64_t kRoundsInTurn = 12;
 constexpr int64_t kStepsToStartAndEnd = 2;
 
@@ -200,9 +203,9 @@ int heads_of_group(const AttentionShape& shape, const Window& window, const Devi
 // left after these, and no less than a round, goes side by side at the end, where the short tiles
 // make up for each other. Between two bounds of a window most tiles of a head have one length, so
 // that there may be many of them, too. And it is worth it only where the products are most of the
-// work: not in the tall tiles of small head dims. Else all heads go together, the longest tile of each first,
-// or, where that is more than L2 holds, groups of about 16 heads, of nearly equal size: still few
-// enough for all thread blocks of one head to take turns with what one of them read.
+// work: not in the tall tiles of small head dims. Else all heads go together, the longest tile of
+// each first, or, where that is more than L2 holds, groups of about 16 heads, of nearly equal size:
+// still few enough for all thread blocks of one head to take turns with what one of them read.
 // docs/performance.md has the shares of idle time.
 void plan_persistent_groups(Plan& plan, const Problem& problem, const DeviceLimits& device) {
   const KernelRow& row = *plan.row;
@@ -266,6 +269,35 @@ int64_t heads_in_turn(const KernelRow& row, const Problem& problem, int64_t key_
   return std::max<int64_t>(5 * at_a_time / (4 * steps), 1);
 }
 
+// A thread block works on some keys of a KV head, for all query heads of its group. Where thread
+// blocks are few, the group is divided in parts that work side by side, each with dK and dV of its
+// own, which are added up afterwards. How many is estimated in steps, query tiles of a thread
+// block: without a mask in rounds of the GPU, with one by the longest block or by what there is to
+// do in all. Where the GPU is full, dK and dV are made for as many heads as K and V have.
+int head_parts(const KernelRow& row, const Problem& problem, const DeviceLimits& device) {
+  const AttentionShape& shape = problem.shape;
+  const int group = shape.heads_q / shape.heads_k;
+  const int64_t blocks = ceil_div(shape.seqlen_k, key_block(row)) * shape.batch * shape.heads_k;
+  const int64_t at_a_time = clusters_at_a_time(row, device);
+  const bool many = blocks >= kRoundsOfWholeGroups * at_a_time;
+  if (row.family != "sm90" || blocks == 0 || many) return 1;
+  const int64_t steps = group * query_tiles(row, shape);
+  const auto estimate = [&](int parts) {
+    const int64_t longest = steps / parts + kStepsToStartAndEnd;
+    const int64_t adding = parts > 1 ? kStepsToAddParts : 0;
+    if (tiles_are_equal(problem.window)) {
+      return ceil_div(blocks * parts, at_a_time) * longest + adding;
+    }
+    const int64_t mean = steps / 2 / parts + kStepsToStartAndEnd;
+    return std::max(longest, ceil_div(blocks * parts * mean, at_a_time)) + adding;
+  };
+  int best = 1;
+  for (int parts = 2; parts <= group; ++parts) {
+    if (group % parts == 0 && estimate(parts) < estimate(best)) best = parts;
+  }
+  return best;
+}
+
 // The order of the key blocks (core/schedule.h), and how far behind dQ is converted
 // (sm90/dq_accumulator.cuh). Where key blocks differ in length, the heads of the last round go side
 // by side.
@@ -301,7 +333,7 @@ void plan_heads(Plan& plan, const Problem& problem, const DeviceLimits& device) 
   plan.dq_slots = static_cast<int>(std::min(2 * lag, heads));
 }
 
-Workspace lay_out(const KernelRow& row, const Problem& problem, int dq_slots) {
+Workspace lay_out(const KernelRow& row, const Problem& problem, const Plan& plan) {
   const AttentionShape& shape = problem.shape;
   const int64_t batch_heads = int64_t{shape.batch} * shape.heads_q;
   const int64_t row_blocks = batch_heads * query_tiles(row, shape);
@@ -317,7 +349,7 @@ Workspace lay_out(const KernelRow& row, const Problem& problem, int dq_slots) {
   workspace.lse_log2 = take(rows * sizeof(float));
   workspace.delta = take(rows * sizeof(float));
   const int64_t group = shape.heads_q / shape.heads_k;
-  workspace.dq_accum = take(dq_slots * group * rows_of_head * row.head_dim * sizeof(float));
+  workspace.dq_accum = take(plan.dq_slots * group * rows_of_head * row.head_dim * sizeof(float));
   if (row.dq_ring) {
     workspace.dq_added = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
     workspace.dq_converted = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
@@ -325,6 +357,11 @@ Workspace lay_out(const KernelRow& row, const Problem& problem, int dq_slots) {
   if (problem.deterministic) {
     workspace.dq_turn = take(row_blocks * row.cluster * sizeof(int));
     workspace.ticket = take(sizeof(int));
+  }
+  if (plan.head_parts > 1) {
+    const int64_t rows_of_parts = int64_t{shape.batch} * shape.seqlen_k * shape.heads_k;
+    workspace.dk_parts = take(kBytesPerElement * rows_of_parts * shape.head_dim);
+    workspace.dv_parts = take(kBytesPerElement * rows_of_parts * shape.head_dim_v);
   }
   workspace.total = end;
   return workspace;
@@ -420,10 +457,13 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
       plan.heads_per_group = heads_of_group(shape, problem.window, device);
     }
   } else {
+    plan.head_parts = head_parts(row, problem, device);
+    Problem in_parts = problem;
+    in_parts.shape.heads_k *= plan.head_parts;
     plan.launch.grid = count_blocks("seqlen_k", shape.seqlen_k, row.tile_n,
-                                    int64_t{shape.batch} * shape.heads_k, row.cluster);
-    plan_heads(plan, problem, device);
-    plan.workspace = lay_out(row, problem, plan.dq_slots);
+                                    int64_t{shape.batch} * in_parts.shape.heads_k, row.cluster);
+    plan_heads(plan, in_parts, device);
+    plan.workspace = lay_out(row, in_parts, plan);
     if (problem.deterministic) plan.turn_group = turn_group(row, shape, device);
   }
   return plan;
@@ -451,6 +491,8 @@ void carve_workspace(BackwardParams& params, void* base, const Workspace& worksp
   params.dq_converted = static_cast<int*>(at(workspace.dq_converted));
   params.dq_turn = static_cast<int*>(at(workspace.dq_turn));
   params.ticket = static_cast<int*>(at(workspace.ticket));
+  params.dk_parts = at(workspace.dk_parts);
+  params.dv_parts = at(workspace.dv_parts);
 }
 
 const char* direction_name(Direction direction) {

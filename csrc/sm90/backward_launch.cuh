@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../common/backward_parts.h"
 #include "../common/backward_preprocess.h"
 #include "../core/kernel_row.h"
 #include "../core/launch.h"
@@ -21,20 +22,29 @@ BackwardArguments backward_arguments(const BackwardParams& params) {
     return make_tensor_map(view, kDType, shape.batch, shape.seqlen_q, shape.heads_q, columns,
                            box_rows, box_columns, fallback);
   };
-  const auto keys = [&](const TensorView& view, int columns, int box_rows, int box_columns) {
-    return make_tensor_map(view, kDType, shape.batch, shape.seqlen_k, shape.heads_k, columns,
-                           box_rows, box_columns, fallback);
+  const auto keys = [&](const TensorView& view, int heads, int columns, int box_rows,
+                        int box_columns) {
+    return make_tensor_map(view, kDType, shape.batch, shape.seqlen_k, heads, columns, box_rows,
+                           box_columns, fallback);
+  };
+  const int heads_k = shape.heads_k / params.head_parts;
+  const auto gradient = [&](const TensorView& sum, void* parts, int columns) {
+    if (params.head_parts == 1) return sum;
+    const int64_t row_stride = int64_t{shape.heads_k} * columns;
+    return TensorView{parts, shape.seqlen_k * row_stride, row_stride, columns};
   };
   BackwardArguments arguments;
   arguments.q = queries(params.q, shape.head_dim, kBoxColumns<Traits::kHeadDim>);
-  arguments.k = keys(params.k, shape.head_dim, Traits::kTileN, Traits::kBoxK);
-  arguments.v = keys(params.v, shape.head_dim_v, Traits::kTileN, kBoxColumns<Traits::kHeadDimV>);
+  arguments.k = keys(params.k, heads_k, shape.head_dim, Traits::kTileN, Traits::kBoxK);
+  arguments.v =
+      keys(params.v, heads_k, shape.head_dim_v, Traits::kTileN, kBoxColumns<Traits::kHeadDimV>);
   arguments.dout = queries(params.dout, shape.head_dim_v, kBoxColumns<Traits::kHeadDimV>);
   arguments.dq =
       queries(params.dq, shape.head_dim, kBoxColumns<Traits::kDqColumns>, Traits::kDqRows);
-  arguments.dk = keys(params.dk, shape.head_dim, Traits::kGradientKeys, Traits::kBoxK);
-  arguments.dv =
-      keys(params.dv, shape.head_dim_v, Traits::kGradientKeys, kBoxColumns<Traits::kHeadDimV>);
+  arguments.dk = keys(gradient(params.dk, params.dk_parts, shape.head_dim), shape.heads_k,
+                      shape.head_dim, Traits::kGradientKeys, Traits::kBoxK);
+  arguments.dv = keys(gradient(params.dv, params.dv_parts, shape.head_dim_v), shape.heads_k,
+                      shape.head_dim_v, Traits::kGradientKeys, kBoxColumns<Traits::kHeadDimV>);
   const int64_t query_tiles =
       int64_t(shape.batch) * shape.heads_q * ceil_div(shape.seqlen_q, Traits::kTileM);
   arguments.lse = make_row_map(params.lse_log2, query_tiles, Traits::kTileM, fallback);
@@ -61,6 +71,9 @@ void launch_backward(const BackwardParams& params, const LaunchConfig& config,
          arguments, "backward", Start::kWithPrevious, Traits::kCluster);
   launch(dq_postprocess_kernel<Traits>, tiles_left, kPostprocessThreads, 0, stream, arguments,
          "dQ post-process", Start::kWithPrevious);
+  if (params.head_parts > 1) {
+    launch_add_parts(params, DTypeOf<typename Traits::Element>::kValue, stream);
+  }
 }
 
 template <class Traits>

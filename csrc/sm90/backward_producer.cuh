@@ -20,10 +20,13 @@ struct BackwardProducer {
     return reinterpret_cast<uint64_t*>(&full);
   }
 
+  __device__ __forceinline__ int head_of_k() const {
+    return work.coord.head / arguments.params.head_parts;
+  }
   __device__ __forceinline__ void load_k() const {
     tma_load<Traits::kTileN, Traits::kHeadDim, Traits::kBoxK>(
         arguments.k, open(smem.barriers.k_full, sizeof(smem.k)), smem.k,
-        {work.key_begin, work.coord.head, work.coord.batch});
+        {work.key_begin, head_of_k(), work.coord.batch});
   }
   // The columns of the other thread block's K whose dQ this one sums.
   __device__ __forceinline__ void load_peer_k() const {
@@ -32,13 +35,13 @@ struct BackwardProducer {
     tma_load<Traits::kTileN, kColumns, Traits::kBoxK>(
         arguments.k, open(smem.barriers.peer_k_full, sizeof(smem.columns.peer_k)),
         smem.columns.peer_k,
-        {work.key_begin + (rank == 0 ? Traits::kTileN : -Traits::kTileN), work.coord.head,
+        {work.key_begin + (rank == 0 ? Traits::kTileN : -Traits::kTileN), head_of_k(),
          work.coord.batch, rank * kColumns});
   }
   __device__ __forceinline__ void load_v() const {
-    tma_load<Traits::kTileN, Traits::kHeadDimV>(
-        arguments.v, open(smem.barriers.v_full, sizeof(smem.v)), smem.v,
-        {work.key_begin, work.coord.head, work.coord.batch});
+    tma_load<Traits::kTileN, Traits::kHeadDimV>(arguments.v,
+                                                open(smem.barriers.v_full, sizeof(smem.v)), smem.v,
+                                                {work.key_begin, head_of_k(), work.coord.batch});
   }
   // Bit c: consumer c has to mask its part of S. smem.whole_rows are those of consumer 0, for whom
   // the last keys count as hidden when the other's are; consumer 1's lie as much further as its
