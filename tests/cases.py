@@ -20,7 +20,8 @@ YARDSTICK_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), *
 
 # Around the edges of 64- and 128-row tiles.
 EDGE_LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129, 191, 255, 256, 257)
-KEY_EDGE_LENGTHS = (*EDGE_LENGTHS, 79, 80, 81, 112, 160, 161)  # tiles of 80 and 112 keys, too
+# And of tiles of 80, 96 and 112 keys, and clusters of two of them.
+KEY_EDGE_LENGTHS = (*EDGE_LENGTHS, 79, 80, 81, 95, 96, 97, 112, 160, 161, 192, 193)
 
 # name: (window_left, window_right)
 MASKS = {
@@ -31,6 +32,9 @@ MASKS = {
     "window": (70, 9),
     "diagonal": (0, 0),
 }
+
+# Wide enough for the ring of dQ's slots, see ring_pays in csrc/plan/plan.cpp.
+WIDE_WINDOW = {"wide window": (1100, 9)}
 
 # (query heads, KV heads): multi-head, grouped, multi-query, odd groups
 GROUPS = ((2, 2), (4, 2), (6, 1), (9, 3))
@@ -51,7 +55,7 @@ class Case:
 
     @property
     def window(self) -> tuple[int, int]:
-        return MASKS[self.mask]
+        return (MASKS | WIDE_WINDOW)[self.mask]
 
     @property
     def softmax_scale(self) -> float:

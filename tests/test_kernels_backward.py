@@ -84,6 +84,17 @@ def test_groups_of_heads(head_dim, heads, deterministic, dtype):
         check(case, dtype, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("head_dims", YARDSTICK_HEAD_DIMS, ids=str)
+def test_whole_groups_of_heads(head_dims, mask):
+    """So many KV heads that one thread block works for all query heads of the group: see head_parts
+    in csrc/plan/plan.cpp, which divides the groups of the other tests.
+    """
+    d, dv = head_dims
+    case = Case(130, 500, 6, 2, head_dim=d, head_dim_v=dv, mask=mask, batch=67)
+    check(case, torch.bfloat16)
+
+
 @pytest.mark.parametrize("mask, batch", [("causal", 2), ("full", 8)])
 @pytest.mark.parametrize("head_dims", YARDSTICK_HEAD_DIMS, ids=str)
 def test_deterministic_over_100_runs(head_dims, mask, batch):
@@ -91,6 +102,7 @@ def test_deterministic_over_100_runs(head_dims, mask, batch):
 
     Those of 16 KV heads fill a GPU more than once, so that the order of the full mask differs
     between heads that start in one round and heads that start in two (csrc/core/turn_order.h).
+    Those of 4 do not: groups are in parts.
     """
     d, dv = head_dims
     case = Case(1300, 1400, 8, 2, head_dim=d, head_dim_v=dv, mask=mask, batch=batch)
@@ -154,8 +166,8 @@ def test_long_sequence(mask):
     check(Case(900, 8192, 1, 1, head_dim=128, batch=1, mask=mask), torch.bfloat16)
 
 
-# Head dim 256 has no shared memory for them.
-HEAD_DIMS_WITH_SLOTS = [dims for dims in YARDSTICK_HEAD_DIMS if dims[0] < 256]
+# Clusters have no shared memory for them.
+HEAD_DIMS_WITH_SLOTS = [dims for dims in YARDSTICK_HEAD_DIMS if dims[0] < 192]
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
@@ -170,6 +182,15 @@ def test_more_heads_than_dq_has_slots(head_dims, dtype, deterministic):
     for mask, lengths, batch in (("full", (rows, 100), 160), ("causal", (4100, 390), 80)):
         case = Case(*lengths, 4, 2, head_dim=d, head_dim_v=dv, batch=batch, mask=mask)
         check(case, dtype, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
+@pytest.mark.parametrize("head_dims", HEAD_DIMS_WITH_SLOTS, ids=str)
+def test_more_heads_than_dq_has_slots_under_a_window(head_dims, deterministic):
+    """40 KV heads of ten key blocks each; 30 slots."""
+    d, dv = head_dims
+    case = Case(4100, 1200, 2, 2, head_dim=d, head_dim_v=dv, batch=20, mask="wide window")
+    check(case, torch.bfloat16, deterministic=deterministic)
 
 
 def test_more_heads_than_dq_has_slots_without_queries():

@@ -244,7 +244,7 @@ def test_backward_workspace(seqlen_q, deterministic, gpu):
 @pytest.mark.parametrize("seqlen_q", [0, 1, 1000])
 def test_backward_workspace_of_a_ring(seqlen_q, seqlen_k, batch):
     """sm90: dQ's sums of two rounds of thread blocks, and two counters for each KV head."""
-    heads = {"heads_q": 6, "heads_k": 2}
+    heads = {"heads_q": 2, "heads_k": 2}
     lengths = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
     plan = plan_for("backward", batch=batch, head_dim=64, family="sm90", **heads, **lengths)
     row = KERNELS[plan["kernel"]]
@@ -252,7 +252,7 @@ def test_backward_workspace_of_a_ring(seqlen_q, seqlen_k, batch):
     assert plan["dq_lag"] == min(lag, batch * 2)
     assert plan["dq_slots"] == min(2 * lag, batch * 2)
     rows_of_head = round_up(seqlen_q, row["tile_m"])
-    rows, sums = batch * 6 * rows_of_head, plan["dq_slots"] * 3 * rows_of_head
+    rows, sums = batch * 2 * rows_of_head, plan["dq_slots"] * rows_of_head
     assert plan["workspace_bytes"] == (
         2 * round_up(4 * rows, 256)
         + round_up(4 * sums * row["head_dim"], 256)
@@ -261,7 +261,7 @@ def test_backward_workspace_of_a_ring(seqlen_q, seqlen_k, batch):
 
 
 @needs_sm90
-@pytest.mark.parametrize("head_dim, cluster", [(64, 1), (128, 1), (192, 1), (256, 2)])
+@pytest.mark.parametrize("head_dim, cluster", [(64, 1), (128, 1), (192, 2), (256, 2)])
 def test_parts_of_dq_have_turns_of_their_own(head_dim, cluster):
     """sm90: counters for each query tile, one a thread block of the cluster, and the ticket."""
     lengths = {"batch": 3, "heads_q": 5, "heads_k": 1, "seqlen_q": 5000, "seqlen_k": 200}
@@ -276,7 +276,43 @@ def test_parts_of_dq_have_turns_of_their_own(head_dim, cluster):
     assert difference == round_up(4 * row_blocks * cluster, 256) + 256
 
 
-CAUSAL, WINDOW = {"window_right": 0}, {"window_left": 100, "window_right": 0}
+@needs_sm90
+@pytest.mark.parametrize(
+    "batch, seqlen, heads, mask, parts",
+    [
+        (1, 4096, (32, 1), {"window_right": 0}, 8),  # 32 thread blocks, the longest of 2048 steps
+        (1, 4096, (32, 1), {}, 4),  # a round of 128 for 132 multiprocessors
+        (1, 2048, (32, 8), {}, 1),  # the same without parts
+        (1, 2048, (32, 8), {"window_right": 0}, 2),
+        (1, 4096, (32, 8), {"window_right": 0}, 1),  # 256 thread blocks
+        (1, 4096, (8, 8), {"window_right": 0}, 1),  # groups of one head
+        (9, 4096, (32, 1), {}, 1),  # more than two rounds
+        (0, 4096, (32, 1), {"window_right": 0}, 1),
+        (1, 0, (32, 1), {"window_right": 0}, 1),
+    ],
+)
+def test_groups_of_heads_are_divided_where_thread_blocks_are_few(batch, seqlen, heads, mask, parts):
+    """sm90, d128 on an H200; dk and dv of the parts are in the workspace."""
+    sizes = {"seqlen_q": seqlen, "seqlen_k": seqlen, "heads_q": heads[0], "heads_k": heads[1]}
+    plan = plan_for("backward", batch=batch, head_dim=128, family="sm90", **sizes, **mask)
+    assert plan["head_parts"] == parts
+    blocks = batch * heads[1] * parts * -(-seqlen // KERNELS[plan["kernel"]]["tile_n"])
+    assert plan["grid"] == blocks
+    gradients = 2 * 2 * batch * seqlen * heads[1] * parts * 128 if parts > 1 else 0
+    sums = plan["dq_slots"] * heads[0] // (heads[1] * parts) * seqlen * 128 * 4
+    counters = 2 * round_up(4 * batch * heads[1] * parts, 256)
+    rows = 2 * round_up(4 * batch * heads[0] * seqlen, 256)
+    assert plan["workspace_bytes"] == rows + sums + counters + gradients
+
+
+@needs_sm80
+def test_groups_of_heads_are_whole_on_older_gpus():
+    sizes = {"seqlen_q": 4096, "seqlen_k": 4096, "heads_q": 32, "heads_k": 1}
+    assert plan_for("backward", batch=1, gpu="A100", **sizes)["head_parts"] == 1
+
+
+CAUSAL = {"window_right": 0}
+NARROW, WIDE = ({"window_left": keys - 1, "window_right": 0} for keys in (1023, 1024))
 
 
 @needs_sm90
@@ -292,7 +328,9 @@ CAUSAL, WINDOW = {"window_right": 0}, {"window_left": 100, "window_right": 0}
         (64, 4096, CAUSAL, True),
         (128, 4095, CAUSAL, False),
         (128, 4096, CAUSAL, True),
-        (128, 4096, WINDOW, False),
+        (128, 4096, NARROW, False),
+        (128, 4096, WIDE, True),
+        (128, 4095, WIDE, False),
         (256, 4096, {}, False),
     ],
 )

@@ -42,7 +42,7 @@ from flash_attn2 import flash_attn_func  # noqa: E402
 from flash_attn2.introspection import families_of_gpu, forced_family, list_kernels  # noqa: E402
 
 BUCKETS = (64, 96, 128, 192, 256)
-TILE_ROWS = (16, 64, 80, 112, 128, 192)
+TILE_ROWS = (16, 64, 80, 96, 112, 128, 192)
 LAYOUTS = ("contiguous", "heads first", "fused", "cut out")
 USUAL_LENGTH, LONG_LENGTH = 700, 2800
 MOST_SCORES = 1 << 23  # of a problem: 64 MiB for each of the reference's matrices

@@ -24,6 +24,7 @@ constexpr int kTallestHeadByHead = 128;
 constexpr int64_t kRowsOfRing = 1024;
 constexpr int64_t kRowsOfDeterministicRing = 2048;
 constexpr int64_t kMaskedRowsOfRing = 4096;
+constexpr int64_t kKeysOfWindowRing = 1024;
 constexpr int64_t kRowsOfTallRing = 4096;
 constexpr int kTallestOfLongRing = 64;
 // See head_parts.
@@ -239,12 +240,14 @@ void plan_persistent_groups(Plan& plan, const Problem& problem, const DeviceLimi
 // those that convert wait for them; with few products the conversion is not hidden, with one warp
 // that converts, as in deterministic mode, less than with three; and the tall tiles of small head
 // dims gain only where the memory is the limit. docs/performance.md has the measurements. Between
-// two bounds of a window there are few products a row.
+// two bounds of a narrow window there are few products a row.
 bool ring_pays(const KernelRow& row, const Problem& problem) {
   const Window& window = problem.window;
   const int64_t rows = problem.shape.seqlen_q;
-  if (!row.dq_ring || (window.left >= 0 && window.right >= 0)) return false;
-  if (is_masked(window)) return rows >= kMaskedRowsOfRing;
+  if (!row.dq_ring) return false;
+  const bool narrow = window.left >= 0 && window.right >= 0 &&
+                      int64_t{window.left} + window.right + 1 < kKeysOfWindowRing;
+  if (is_masked(window)) return rows >= kMaskedRowsOfRing && !narrow;
   if (row.tile_m > kTallestOfLongRing) return rows <= kRowsOfTallRing;
   return rows >= (problem.deterministic ? kRowsOfDeterministicRing : kRowsOfRing);
 }
