@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from tqdm import tqdm
@@ -22,7 +22,8 @@ METHOD = (
     "is the slower; graph: replay of a captured CUDA graph, timed alike. forward: under no_grad; "
     "backward: torch.autograd.grad on a prepared graph, without the forward; both: the two "
     "together. Inputs that fit in the L2 cache are rotated among several sets. FLOPs = "
-    "4*b*s*s*h*d, halved when causal, x2.5 for the backward, x3.5 for both. peak_memory is what "
+    "4*b*s*s*h*d, halved when causal (under a window by what is visible), x2.5 for the backward, "
+    "x3.5 for both. peak_memory is what "
     "one call (with the forward it needs) allocates above q, k, v and dout. Times on a CPU are the "
     "host clock's."
 )
@@ -54,6 +55,14 @@ class Cell:
             {"ms": stats.median, "p20": stats.p20, "p80": stats.p80, "count": stats.count}
         )
 
+    def shape(self) -> dict:
+        """What the grid's cells do not differ in."""
+        case = self.case
+        if not case.name:
+            return {}
+        sizes = {"seqlen_k": case.seqlen_k, "heads_k": case.kv_heads, "head_dim_v": case.columns_v}
+        return {"shape": case.name, **sizes, "window": case.window}
+
     def row(self) -> dict:
         """The flat record that is written to the results file."""
         case = self.case
@@ -67,6 +76,7 @@ class Cell:
             "dtype": case.dtype,
             "direction": self.direction,
             "mode": self.mode,
+            **self.shape(),
             "peak_memory": self.peak_memory,
             "error": self.error,
         }
@@ -83,44 +93,51 @@ class Cell:
         return row
 
 
-def make_call(provider: Provider, inputs: Inputs, causal: bool, direction: str) -> Callable:
+def make_call(
+    provider: Provider,
+    inputs: Inputs,
+    causal: bool,
+    direction: str,
+    window: tuple[int, int] | None = None,
+) -> Callable:
     """A function without arguments that does one ``direction`` of ``provider`` on ``inputs``.
 
     It returns what it computed: (out,), (dq, dk, dv) or all four, in the provider's layout.
     """
     q, k, v = (provider.view(t.detach()) for t in (inputs.q, inputs.k, inputs.v))
     dout = provider.view(inputs.dout)
+    mask = (causal,) if window is None else (causal, window)
 
     def forward():
         with torch.no_grad():
-            return (provider.call(q, k, v, causal),)
+            return (provider.call(q, k, v, *mask),)
 
     if direction == "forward":
         return forward
     leaves = tuple(t.requires_grad_() for t in (q, k, v))
 
     def both():
-        out = provider.call(*leaves, causal)
+        out = provider.call(*leaves, *mask)
         return (out.detach(), *torch.autograd.grad(out, leaves, dout))
 
     if direction == "both":
         return both
-    out = provider.call(*leaves, causal)
+    out = provider.call(*leaves, *mask)
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
 def guard_error(provider: Provider, case: Case, device: torch.device, grads: bool) -> dict:
     """Relative errors of ``provider`` against fp64 on a small relative of ``case``."""
-    rows = min(case.seqlen_q, GUARD_ROWS)
-    small = Case(
-        2, min(case.heads, 4), rows, rows, case.head_dim, causal=case.causal, dtype=case.dtype
-    )
+    rows, heads_k = min(case.seqlen_q, GUARD_ROWS), min(case.kv_heads, 4)
+    heads = heads_k * min(case.heads // case.kv_heads, 4)
+    small = replace(case, batch=2, heads=heads, heads_k=heads_k, seqlen_q=rows, seqlen_k=rows)
     inputs = cases.draw_inputs(small, device, seed=rows)
     with provider.context():
-        call = make_call(provider, inputs, small.causal, "both" if grads else "forward")
+        direction = "both" if grads else "forward"
+        call = make_call(provider, inputs, small.causal, direction, small.window)
         tensors = [provider.view(t) for t in call()]
     results = dict(zip(cases.OUTPUTS, tensors, strict=False))
-    reference = cases.reference_outputs(inputs, small.causal)
+    reference = cases.reference_outputs(inputs, small.causal, small.window)
     errors = cases.squared_errors(results, {name: reference[name] for name in results})
     return {name: cases.relative_error(*pair) for name, pair in errors.items()}
 
@@ -143,10 +160,11 @@ class Benchmark:
         return self.cells.setdefault(key, Cell(provider.name, case, direction, mode))
 
     def guard(self, provider: Provider, case: Case) -> str | None:
-        """Checks ``provider`` once per head dim, mask and dtype; returns what is wrong, or None."""
-        key = (provider.name, case.head_dim, case.causal, case.dtype)
+        """Checks ``provider`` once per head dim, mask, dtype and shape; returns what is wrong."""
+        key = (provider.name, case.head_dim, case.causal, case.dtype, case.name)
         if key not in self.guards:
-            record = dict(zip(("provider", "head_dim", "causal", "dtype"), key, strict=True))
+            names = ("provider", "head_dim", "causal", "dtype", "shape")
+            record = dict(zip(names, key, strict=True))
             grads = any(direction != "forward" for direction in self.args.directions)
             try:
                 errors = guard_error(provider, case, self.device, grads)
@@ -192,7 +210,8 @@ class Benchmark:
             if cell.peak_memory is None and mode == "eager" and self.device.type == "cuda":
                 cell.peak_memory = self.peak_memory(provider, case, direction, inputs[0])
             builders = [
-                lambda one=one: make_call(provider, one, case.causal, direction) for one in inputs
+                lambda one=one: make_call(provider, one, case.causal, direction, case.window)
+                for one in inputs
             ]
             if mode == "graph":
                 runner.calls = [timing.capture_graph(build) for build in builders]
@@ -204,7 +223,7 @@ class Benchmark:
 
     def peak_memory(self, provider: Provider, case: Case, direction: str, one: Inputs) -> int:
         def work():
-            make_call(provider, one, case.causal, direction)()
+            make_call(provider, one, case.causal, direction, case.window)()
 
         work()  # the first call may allocate what stays, such as a library's workspace
         return timing.peak_bytes(self.device, work)[0]
@@ -212,7 +231,7 @@ class Benchmark:
     def results(self, method: str) -> dict:
         """The content of the results file."""
         return {
-            "kind": "attention",
+            "kind": "shapes" if self.args.shapes else "attention",
             "environment": self.environment,
             "method": method,
             "guards": list(self.guards.values()),
@@ -225,6 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="keys or names, or all (default: ours flash cudnn)")  # fmt: skip
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(cases.HEAD_DIMS))
     parser.add_argument("--seqlens", nargs="+", type=int, default=list(cases.SEQLENS))
+    parser.add_argument("--shapes", action="store_true", help="other shapes in place of the grid")
     parser.add_argument("--causal", action="store_true", help="causal cells only")
     parser.add_argument("--full", action="store_true", help="full (not causal) cells only")
     parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS,
@@ -242,7 +262,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def select_cases(args: argparse.Namespace) -> list[Case]:
-    """The cells that the arguments leave of the grid."""
+    """The cells that the arguments leave of the grid, or the other shapes."""
+    if args.shapes:
+        return [replace(case, dtype=args.dtype) for case in cases.SHAPES]
     masks = (False, True) if args.causal == args.full else (args.causal,)
     return cases.grid(args.head_dims, args.seqlens, masks, args.dtype, args.tokens, args.hidden)
 

@@ -46,7 +46,7 @@ def fa3_over_cudnn(peers: dict, direction: str) -> dict[tuple, float]:
         return {}
     column = ("forward", "backward").index(direction)
     return {
-        ("bf16", row["d"], row["causal"], row["s"]): row["fa3"][column] / row["cudnn"][column]
+        ("bf16", row["d"], row["causal"], row["s"], ""): row["fa3"][column] / row["cudnn"][column]
         for row in peers["dense_tflops_fwd_bwd"]
         if {"fa3", "cudnn"} <= row.keys()
     }

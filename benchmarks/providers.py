@@ -37,12 +37,13 @@ class Provider:
 
     ``key`` selects it on the command line, ``name`` stands in results and tables. ``call(q, k, v,
     causal)`` takes and returns tensors in the provider's layout: (b, h, s, d) when ``heads_first``,
-    else (b, s, h, d). Calls run inside ``context()``.
+    else (b, s, h, d). Where it can, it takes a window (left, right) in place of ``causal`` as a
+    fifth argument. Calls run inside ``context()``.
     """
 
     key: str
     name: str
-    call: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+    call: Callable[..., Tensor]
     heads_first: bool = False
     context: Callable[[], AbstractContextManager] = nullcontext
 
@@ -98,8 +99,8 @@ def find_ours(device: torch.device) -> list[Provider]:
     """flash_attn2: a provider for each kernel family that the device runs, or the reference."""
     from flash_attn2 import flash_attn_func
 
-    def call(q, k, v, causal):
-        return flash_attn_func(q, k, v, causal=causal)
+    def call(q, k, v, causal, window=(-1, -1)):
+        return flash_attn_func(q, k, v, causal=causal, window_size=window)
 
     if device.type != "cuda":
         return [Provider("ours", "flash_attn2[reference]", call)]
@@ -127,13 +128,22 @@ def find_sdpa(key: str, device: torch.device) -> list[Provider]:
     return [Provider(key, f"torch[{key}]", call_sdpa, heads_first=True, context=context)]
 
 
-def call_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def no_window(window: tuple[int, int] | None) -> None:
+    if window is not None:
+        raise NotImplementedError(f"this provider is not called with a window, got {window}")
+
+
+def call_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: tuple[int, int] | None = None
+) -> Tensor:
+    no_window(window)
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
     if causal and seqlen_q != seqlen_k:
         # is_causal aligns to the top left; the bias object is torch's way to the bottom right.
         bias = causal_lower_right(seqlen_q, seqlen_k)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
 
 def find_flex(device: torch.device) -> list[Provider]:
@@ -154,9 +164,10 @@ def find_flex(device: torch.device) -> list[Provider]:
 
         return create_block_mask(visible, None, None, seqlen_q, seqlen_k, device=device)
 
-    def call(q, k, v, causal):
+    def call(q, k, v, causal, window=None):
+        no_window(window)
         mask = causal_mask(q.shape[2], k.shape[2]) if causal else None
-        return compiled(q, k, v, block_mask=mask)
+        return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
     return [Provider("flex", "flex_attention", call, heads_first=True)]
 
@@ -167,8 +178,8 @@ def find_package(key: str, name: str, module: str, device: torch.device) -> list
         raise ImportError(f"{name} needs a CUDA device")
     function = importlib.import_module(module).flash_attn_func
 
-    def call(q, k, v, causal):
-        result = function(q, k, v, causal=causal)
+    def call(q, k, v, causal, window=(-1, -1)):
+        result = function(q, k, v, causal=causal, window_size=window)
         return result[0] if isinstance(result, tuple) else result
 
     return [Provider(key, name, call)]

@@ -69,7 +69,7 @@ def speed_table(rows: dict[str, dict[tuple, dict]], provider: str, peers: list[s
     lines = []
     for group in sorted({key[:3] for key in cells}):
         _, head_dim, causal = group
-        keys = [(*group, length) for length in lengths]
+        keys = [(*group, length, "") for length in lengths]
         shown = [speed_cell(cells.get(key), [pair.get(key) for pair in pairs]) for key in keys]
         lines.append([f"d{head_dim} {'causal' if causal else 'full'}", *shown])
     return table(["", *map(report.short_length, lengths)], lines)

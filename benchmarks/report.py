@@ -168,10 +168,12 @@ class Comparison:
 
 def cell_key(row: dict) -> tuple:
     """What identifies a cell within one direction and mode, in table order."""
-    return (row["dtype"], row["head_dim"], row["causal"], row["seqlen"])
+    return (row["dtype"], row["head_dim"], row["causal"], row["seqlen"], row.get("shape", ""))
 
 
 def cell_label(row: dict) -> str:
+    if row.get("shape"):
+        return row["shape"]
     return f"d{row['head_dim']} {'causal' if row['causal'] else 'full'} s{row['seqlen']}"
 
 
@@ -228,8 +230,10 @@ def section_table(rows: dict[str, dict[tuple, dict]], baseline: str) -> str:
     }
     table = []
     for key in sorted({key for cells in rows.values() for key in cells}):
-        dtype, head_dim, causal, seqlen = key
+        _, head_dim, causal, seqlen, shape = key
         line = {"head dim": head_dim, "mask": "causal" if causal else "full", "seqlen": seqlen}
+        if shape:
+            line = {"shape": shape}
         for name, cells in rows.items():
             row = cells.get(key, {})
             line[name] = format_speed(row["tflops"]) if "tflops" in row else "-"
@@ -301,7 +305,7 @@ def attention_markdown(results: dict, baseline: str = BASELINE) -> str:
 
 def markdown(results: dict, baseline: str = BASELINE) -> str:
     """Any results file as Markdown."""
-    if results["kind"] == "attention":
+    if results["kind"] in ("attention", "shapes"):
         return attention_markdown(results, baseline)
     return f"{describe_environment(results)}\n\n{rows_markdown(results['rows'])}"
 

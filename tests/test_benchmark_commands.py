@@ -45,6 +45,29 @@ def test_attention_command_writes_tables_and_plots(tmp_path, capsys):
     assert (tmp_path / "attention-forward-eager.png").stat().st_size > 2_000
 
 
+def test_attention_command_of_other_shapes(tmp_path, monkeypatch, capsys):
+    shapes = (
+        Case(2, 4, 32, 32, 16, True, heads_k=2, name="grouped"),
+        Case(1, 2, 48, 64, 16, False, head_dim_v=8, window=(9, 0), name="window"),
+    )
+    monkeypatch.setattr(cases, "SHAPES", shapes)
+    options = [*TINY, "--shapes", "--output-dir", str(tmp_path), "--name", "shapes"]
+    assert main(["attention", *options, "--providers", "ours", "math"]) == 0
+    assert "| grouped |" in capsys.readouterr().out
+    results = report.load(tmp_path / "shapes.json")
+    rows = {(row["shape"], row["provider"], row["direction"]): row for row in results["rows"]}
+    assert len(rows) == len(results["rows"]) == 2 * 2 * 2
+    ours = rows["window", "flash_attn2[reference]", "backward"]
+    assert ours["error"] is None and ours["tflops"] > 0
+    sizes = {name: ours[name] for name in ("seqlen", "seqlen_k", "heads_k", "head_dim_v")}
+    assert sizes == {"seqlen": 48, "seqlen_k": 64, "heads_k": 2, "head_dim_v": 8}
+    assert ours["window"] == [9, 0]
+    assert rows["grouped", "torch[math]", "backward"]["error"] is None
+    assert "not called with a window" in rows["window", "torch[math]", "forward"]["error"]
+    assert main(["plot", str(tmp_path / "shapes.json")]) == 2
+    assert "only attention results are plotted, got 'shapes'" in capsys.readouterr().err
+
+
 def test_interrupted_attention_keeps_what_it_has(tmp_path, monkeypatch):
     run_case = attention.Benchmark.run_case
 

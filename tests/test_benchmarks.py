@@ -51,6 +51,21 @@ def test_input_bytes():
     assert Case(2, 3, 5, 7, 8, False, "fp32").input_bytes() == 2 * 3 * (5 + 14) * 8 * 4
 
 
+def test_sizes_of_other_shapes():
+    window = Case(2, 6, 5, 7, 8, False, heads_k=3, head_dim_v=16, window=(1, 2), name="a")
+    # Row i stands at i + 2 and sees i + 1 to i + 4: all four of the 7 keys but in the last two.
+    assert window.scores() == 4 + 4 + 4 + 3 + 2
+    assert window.flops("forward") == 2 * 2 * 6 * 17 * (8 + 16)
+    assert window.flops("backward") == 2 * 2 * 6 * 17 * (3 * 8 + 2 * 16)
+    assert window.input_bytes() == 2 * 2 * (6 * 5 * 8 + 3 * 7 * (8 + 16))
+    inputs = cases.draw_inputs(window, CPU, 0)
+    assert inputs.k.shape == (2, 7, 3, 8) and inputs.v.shape == (2, 7, 3, 16)
+    assert inputs.dout.shape == (2, 5, 6, 16)
+    assert window.label() == "a bf16"
+    assert len({case.name for case in cases.SHAPES}) == len(cases.SHAPES)
+    assert all(case.heads % case.kv_heads == 0 for case in cases.SHAPES)
+
+
 @pytest.mark.parametrize("argument", [{"seqlens": [99999]}, {"head_dims": [4096]}])
 def test_grid_refuses_what_does_not_fit(argument):
     with pytest.raises(UsageError, match=r"99999 .* 16384|4096 .* 2048"):
@@ -84,6 +99,19 @@ def test_dense_attention_is_bottom_right_aligned(seqlen_q, seqlen_k, causal):
     grads = torch.autograd.grad(out, (q, k, v), inputs.dout.double())
     assert all(grad.isfinite().all() for grad in grads)
     assert not grads[0][:, ~some].any()
+
+
+def test_dense_attention_of_grouped_heads_in_a_window():
+    case = Case(2, 6, 5, 7, 8, False, "fp32", heads_k=3, head_dim_v=16, window=(1, 2))
+    inputs = cases.draw_inputs(case, CPU, 0)
+    distance = torch.arange(7) - (torch.arange(5)[:, None] + 2)
+    expected = F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (inputs.q, inputs.k, inputs.v)),
+        attn_mask=(distance >= -1) & (distance <= 2),
+        enable_gqa=True,
+    ).transpose(1, 2)
+    out = cases.dense_attention(inputs.q, inputs.k, inputs.v, False, (1, 2))
+    torch.testing.assert_close(out, expected)
 
 
 def test_relative_error():
