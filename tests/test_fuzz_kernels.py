@@ -123,7 +123,9 @@ def test_right_results_pass_and_wrong_ones_do_not():
         assert max(fuzz_kernels.error_ratios(right, wanted).values()) < 0.8
         wrong = rounded(one, inputs, factor=1.03)
         assert max(fuzz_kernels.error_ratios(wrong, wanted).values()) > 1
-        name = ("out", "dq", "dk", "dv")[number % 4]
+        # Of rows that see one key dq is zero.
+        names = [name for name in ("out", "dq", "dk", "dv") if wanted[name][0][0, 0].any()]
+        name = names[number % len(names)]
         reference = wanted[name][0]  # (b, h, s, d)
         row = int(reference[0, 0].norm(dim=-1).argmax())
         lost = getattr(right, name).clone()

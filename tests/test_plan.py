@@ -314,9 +314,8 @@ def test_backward_clusters_take_any_mask_and_any_number_of_tiles(mask):
         keys = row["tile_n"] * row["cluster"]
         longest = min(row["max_keys"], 99 * keys)
         for seqlen_k in (longest - keys + 1, longest):
-            plan = plan_for(
-                "backward", row["dtype"], head_dim=row["head_dim"], seqlen_k=seqlen_k, **mask
-            )
+            head_dims = {"head_dim": row["head_dim"], "head_dim_v": row["head_dim_v"]}
+            plan = plan_for("backward", row["dtype"], seqlen_k=seqlen_k, **head_dims, **mask)
             assert plan["kernel"] == row["name"]
             assert plan["grid"] % (-(-seqlen_k // keys) * row["cluster"]) == 0
 

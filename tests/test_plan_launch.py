@@ -280,7 +280,7 @@ def test_parts_of_dq_have_turns_of_their_own(head_dim, cluster):
 @pytest.mark.parametrize(
     "batch, seqlen, heads, mask, parts",
     [
-        (1, 4096, (32, 1), {"window_right": 0}, 8),  # 32 thread blocks, the longest of 2048 steps
+        (1, 4096, (32, 1), {"window_right": 0}, 16),  # 32 thread blocks, the longest of 2048 steps
         (1, 4096, (32, 1), {}, 4),  # a round of 128 for 132 multiprocessors
         (1, 2048, (32, 8), {}, 1),  # the same without parts
         (1, 2048, (32, 8), {"window_right": 0}, 2),
@@ -348,7 +348,8 @@ def test_workspace_has_the_columns_of_q():
     for row in unequal:
         d, dv = row["head_dim"], row["head_dim_v"]
         plan = plan_for("backward", row["dtype"], head_dim=d, head_dim_v=dv, seqlen_q=1024)
-        counters = 2 * 256  # of the ring
+        ring = KERNELS[plan["kernel"]]["cluster"] == 1
+        counters = 2 * 256 if ring else 0
         assert plan["workspace_bytes"] == 2 * 8 * 1024 * 4 * (d + 2) + counters
 
 
