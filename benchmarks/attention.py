@@ -23,7 +23,7 @@ METHOD = (
     "backward: torch.autograd.grad on a prepared graph, without the forward; both: the two "
     "together. Inputs that fit in the L2 cache are rotated among several sets. FLOPs = "
     "4*b*s*s*h*d, halved when causal (under a window by what is visible), x2.5 for the backward, "
-    "x3.5 for both. peak_memory is what "
+    "x3.5 for both; products over V's columns with V's head dim. peak_memory is what "
     "one call (with the forward it needs) allocates above q, k, v and dout. Times on a CPU are the "
     "host clock's."
 )
@@ -160,7 +160,7 @@ class Benchmark:
         return self.cells.setdefault(key, Cell(provider.name, case, direction, mode))
 
     def guard(self, provider: Provider, case: Case) -> str | None:
-        """Checks ``provider`` once per head dim, mask, dtype and shape; returns what is wrong."""
+        """Checks ``provider`` once per head dim, mask, dtype and shape: what is wrong, or None."""
         key = (provider.name, case.head_dim, case.causal, case.dtype, case.name)
         if key not in self.guards:
             names = ("provider", "head_dim", "causal", "dtype", "shape")

@@ -220,7 +220,8 @@ def expected(draw: Draw, inputs: Inputs) -> dict[str, tuple[Tensor, Tensor]]:
     number), each in its own direction, so the squares of what that does to a row are summed. Two
     more errors sit in D = rowsum(dO * O), the rounding of O and that of P in O; one number moves a
     whole row of dS, so for dQ, where that row is summed, it counts with the sum. The bound is 4
-    such errors: 7 standard deviations even where every number rounds as badly as it can.
+    such errors: 7 standard deviations even where every number rounds as badly as it can. That dK
+    and dV of parts of a group are rounded before they are added is not counted.
     """
     finfo = torch.finfo(inputs.q.dtype)
     unit, tiny2 = finfo.eps / 2, finfo.tiny**2

@@ -66,7 +66,7 @@ struct BackwardParams {
   void* dk_parts = nullptr;  // (batch, seqlen_k, heads_k, head_dim), dtype of dk; null: no parts
   void* dv_parts = nullptr;  // (batch, seqlen_k, heads_k, head_dim_v), likewise
 
-  int head_parts = 1;  // of a group of query heads, each with dK and dV of its own, see plan/plan.h
+  int head_parts = 1;  // of a group of query heads, each with its own dK and dV, see plan/plan.cpp
   int dq_parts = 1;    // of a query tile's dQ, each with turns of its own: the thread blocks of a
                        // cluster have one each
   int dq_slots = 1;    // KV heads that have a place in dq_accum, which they take in turn

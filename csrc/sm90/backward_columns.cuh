@@ -1,7 +1,7 @@
 // ConsumerSplit::kColumns: for head dims whose dK and dV fill the registers of both warpgroups. A
 // consumer makes P and dS of half of the keys, and sums half of the columns of dK and dV over all
-// keys of the tile; P and dS go through shared memory. One wgmma takes 64 of these columns: where
-// their number is odd, each consumer has half of the keys of those in the middle.
+// keys of the tile; P and dS go through shared memory. One wgmma takes 64 of these columns: of an
+// odd number of such groups, each consumer has half of the keys of the one in the middle.
 //
 // What is added to dQ is what limits these kernels, and then the loads of Q and dO. So two thread
 // blocks with neighbouring keys form a cluster: Q and dO are loaded once for both, and they
