@@ -9,12 +9,15 @@
 //   k_full[s]    1 (producer) + bytes        stage s holds a block of K        every group
 //   k_empty[s]   4 * kGroups * kCluster      every group has read stage s      producer
 //   v_full[s], v_empty[s]                    the same for V
+//   out_empty[s] 4 * kCluster                stage s of V no longer holds output    producer
 //
 // In a cluster a block of K or V is loaded by all producers, a part each, into every thread block.
 // So each part counts at every k_full[s], and every group arrives at every k_empty[s].
 //
 // A waiter of "full" starts with parity 0, a waiter of "empty" with parity 1 (the phase before the
-// first: buffers start empty). Each side counts the uses itself, see Ring.
+// first: buffers start empty). Output is in each stage of V once a tile, after its last block,
+// where it has no buffer of its own; both v_empty[s] and out_empty[s] are then to be waited for, as
+// a parity can't tell a phase from the one two before. Each side counts the uses itself, see Ring.
 //
 // Named barriers (hardware; 0 is __syncthreads):
 //
@@ -22,7 +25,6 @@
 //                whose turn it is issues its products, then passes the turn on, so that the softmax
 //                of one group runs under the products of another. Every group takes one turn per
 //                key block of the tile, whether or not its rows see the block. Two teams take none.
-//   rows(w)      128: group w alone, before the output overwrites Q.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -58,7 +60,7 @@ struct ForwardBarriers {
   LoadBarrier q_full[kGroups];
   Barrier q_empty[kGroups];
   LoadBarrier k_full[kStages], v_full[kStages];
-  Barrier k_empty[kStages], v_empty[kStages];
+  Barrier k_empty[kStages], v_empty[kStages], out_empty[kStages];
 
   // By one thread, before any use; __syncthreads afterwards.
   __device__ void init() {
@@ -71,6 +73,7 @@ struct ForwardBarriers {
       v_full[stage].init(1);
       k_empty[stage].init(kWarpsPerGroup * kGroups * kCluster);
       v_empty[stage].init(kWarpsPerGroup * kGroups * kCluster);
+      out_empty[stage].init(kWarpsPerGroup * kCluster);
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -104,10 +107,5 @@ struct Turns {
     }
   }
 };
-
-template <int kGroups>
-__device__ __forceinline__ void sync_rows(int group) {
-  cutlass::arch::NamedBarrier::sync(kWarpGroupThreads, kGroups + group);
-}
 
 }  // namespace flash_attn2::sm90

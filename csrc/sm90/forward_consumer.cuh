@@ -46,6 +46,7 @@ struct ForwardConsumer {
   Ring<Traits::kStages> ring;  // of the block whose scores are next; V's may be one use behind
   uint32_t q_parity = 0;
   bool k_there = false, v_there = false;  // known of the next block of K, of the last one of V
+  bool out_pending = false;               // a stage of V's ring is to be given back
   AccO acc_out;
   P probabilities;
   RowSoftmax<kRows> softmax;
@@ -78,19 +79,22 @@ struct ForwardConsumer {
     }
   }
 
-  // F2 to F5 for one key block, with F6 of the block before it (unless kFirst) under way:
-  // S = Q K^T and O += P V are issued together, and the softmax of S runs while P V is computed.
-  // `last`: no step of this tile comes after this one.
+  // F2 to F5 for one key block, with F6 of the block before it under way: S = Q K^T and O += P V
+  // are issued together, and the softmax of S runs while P V is computed. kFirst: no block comes
+  // before it, and in a chain acc_s holds S already. `last`: no step of this tile comes after it.
   template <bool kFirst>
-  __device__ __forceinline__ void step(int row_begin, int block, const BlockRange& whole,
-                                       bool last) {
+  __device__ __forceinline__ void step(AccS& acc_s, int row_begin, int block,
+                                       const BlockRange& whole, bool last) {
     const Ring<Traits::kStages> before{ring.use - 1};
-    AccS acc_s;
-    if (kFirst || (Traits::kVote && !k_there)) wait_for_k();
-    GroupTurns::wait(group);
-    issue_scores(acc_s);
-    if constexpr (!kFirst) issue_output(before);
-    GroupTurns::pass(group);
+    constexpr bool kHasScores = kFirst && Traits::kChain;
+    if constexpr (!kHasScores) {
+      if (kFirst || (Traits::kVote && !k_there)) wait_for_k();
+      GroupTurns::wait(group);
+      issue_scores(acc_s);
+      if constexpr (!kFirst) issue_output(before);
+      GroupTurns::pass(group);
+      if constexpr (kFirst) leave_out();
+    }
     // The branch comes before the wait, for nothing hides what comes after it.
     if (block >= whole.end || block < whole.begin) {
       finish_gemm<kFirst ? 0 : 1>(acc_s);
@@ -101,7 +105,7 @@ struct ForwardConsumer {
     } else {
       finish_gemm<kFirst ? 0 : 1>(acc_s);
     }
-    if constexpr (!Traits::kLeaveLate) leave_scores(last);
+    if constexpr (!kHasScores && !Traits::kLeaveLate) leave_scores(last);
 
     auto scores = rows_columns(acc_s);
     float factor[kRows], row_sum[kRows];
@@ -111,7 +115,7 @@ struct ForwardConsumer {
       asm volatile("" : "+f"(row_sum[0]));  // else the compiler moves them behind the wait
     }
     rescale |= softmax.update_max(1, scores);
-    if constexpr (Traits::kLeaveLate) leave_scores(last);
+    if constexpr (!kHasScores && Traits::kLeaveLate) leave_scores(last);
     rescale = !Traits::kVote || __any_sync(0xffffffffu, rescale);
     if constexpr (!Traits::kAskLate) look_ahead();
     // Where it is one, this branch also keeps ptxas from waiting for P V before the maxima.
@@ -198,21 +202,20 @@ struct ForwardConsumer {
     return thread / 32 * Traits::kWarpRows + thread % 32 / 4;
   }
 
-  // F2 to F6 for the key blocks that this group sees, last block first; leaves Q.
-  __device__ __forceinline__ void attend(int row_begin, const BlockRange& blocks) {
+  // F2 to F6 for the key blocks that this group sees, last block first; acc_s: in a chain, S of it.
+  __device__ __forceinline__ void attend(AccS& acc_s, int row_begin, const BlockRange& blocks) {
     const BlockRange whole = visible.whole_key_blocks(row_begin, kGroupRows, kTileN);
     int block = blocks.end - 1;
     bool last = block == blocks.begin;
-    step<true>(row_begin, block, whole, last);
+    step<true>(acc_s, row_begin, block, whole, last);
     CUTE_NO_UNROLL
     while (!last) {
       --block;
       last = block == blocks.begin;
-      step<false>(row_begin, block, whole, last);
+      AccS scores;
+      step<false>(scores, row_begin, block, whole, last);
     }
-    if constexpr (Traits::kOwnOutBuffer && !Traits::kLeaveQEarly) {
-      release(smem.barriers.q_empty[group]);
-    }
+    if constexpr (!Traits::kLeaveQEarly) release(smem.barriers.q_empty[group]);
     const Ring<Traits::kStages> before{ring.use - 1};
     issue_output(before);
     if constexpr (Traits::kTwoConsumers) advance();
@@ -237,12 +240,14 @@ struct ForwardConsumer {
       }
     }
 
+    const Ring<Traits::kStages> at = out_use();
     if constexpr (!Traits::kOwnOutBuffer) {
-      sync_rows<Traits::kGroups>(group);  // all warps are done with Q
+      smem.barriers.v_empty[at.stage()].wait(at.parity() ^ 1);
+      out_pending = true;
     }
     const auto values = rounded<Element>(acc_out);
     const int lane = thread % 32, warp_row = thread / 32 * Traits::kWarpRows;
-    Element* const tile = smem.out_tile(group);
+    Element* const tile = smem.out_tile(group, at.stage());
     auto smem_out = as_position_independent_swizzle_tensor(
         make_tensor(make_smem_ptr(tile), typename Traits::LayoutOut{}));
     using CopyAtom = Copy_Atom<SM90_U32x4_STSM_N, Element>;
@@ -264,6 +269,24 @@ struct ForwardConsumer {
     }
   }
 
+  // Where there is no buffer for the output it takes, after the last block of a tile, the next
+  // stage of V's ring that the group has for itself: group 0 the one of the last block but one,
+  // group 1 that of the last, which all have left a step later.
+  __device__ __forceinline__ Ring<Traits::kStages> out_use() const {
+    return Ring<Traits::kStages>{ring.use + group};
+  }
+
+  // Gives that stage back; before anything else uses the ring.
+  __device__ __forceinline__ void leave_out() {
+    if constexpr (!Traits::kOwnOutBuffer) {
+      if (out_pending) {
+        wait_for_store();
+        release_block(smem.barriers.out_empty[out_use().stage()]);
+        out_pending = false;
+      }
+    }
+  }
+
   // Until this warp's last store has read shared memory.
   __device__ __forceinline__ void wait_for_store() const {
     if (thread % 32 == 0) tma_store_wait<0>();
@@ -274,36 +297,98 @@ struct ForwardConsumer {
   // the last products of a tile, where they would only wait; with more it is no gain.
   __device__ __forceinline__ void advance() { more = schedule.next(next_tile); }
 
-  __device__ __forceinline__ void run_tile(const ForwardTile& tile) {
-    const int row_begin = tile.row_begin + group * kGroupRows;
-    clear(acc_out);
-    softmax = RowSoftmax<kRows>();
+  // Key blocks of a tile that some row of this group sees.
+  __device__ __forceinline__ BlockRange group_blocks(int row_begin) const {
+    const BlockRange blocks = visible.key_blocks(row_begin, kGroupRows, kTileN);
+    return {blocks.begin, row_begin > -kGroupRows ? blocks.end : blocks.begin};
+  }
+  __device__ __forceinline__ int first_row(const ForwardTile& tile) const {
+    return tile.row_begin + group * kGroupRows;
+  }
+
+  __device__ __forceinline__ void wait_for_q() {
     smem.barriers.q_full[group].wait(q_parity);
     q_parity ^= 1;
-    const BlockRange blocks = visible.key_blocks(row_begin, kGroupRows, kTileN);
-    if (row_begin > -kGroupRows && blocks.begin < blocks.end) {
-      skip(tile.blocks.end - blocks.end);
-      attend(row_begin, blocks);
+  }
+
+  // Up to the first block that the group sees.
+  __device__ __forceinline__ void open(const ForwardTile& tile, const BlockRange& blocks) {
+    wait_for_q();
+    if (blocks.end != tile.blocks.end) leave_out();
+    skip(tile.blocks.end - blocks.end);
+  }
+
+  // Tiles of which this group sees keys, each with its first scores under the output of the one
+  // before.
+  __device__ __forceinline__ void run_chain(ForwardTile tile, BlockRange blocks) {
+    int row_begin = first_row(tile);
+    AccS acc_s;
+    open(tile, blocks);
+    wait_for_k();
+    GroupTurns::wait(group);
+    issue_scores(acc_s);
+    GroupTurns::pass(group);
+    finish_gemm<0>(acc_s);
+    bool chained;
+    CUTE_NO_UNROLL
+    do {
+      leave_scores(blocks.end - 1 == blocks.begin);
+      clear(acc_out);
+      softmax = RowSoftmax<kRows>();
+      attend(acc_s, row_begin, blocks);
+      skip(blocks.begin - tile.blocks.begin);
+      const int next_row = first_row(next_tile);
+      const BlockRange next_blocks = group_blocks(next_row);
+      chained = more && next_blocks.begin < next_blocks.end;
+      if (chained) {
+        open(next_tile, next_blocks);
+        wait_for_k();
+        GroupTurns::wait(group);
+      }
+      issue_scores(acc_s);  // at the end for nothing: no branch may come between it and its wait
+      if (chained) GroupTurns::pass(group);
+      write_output(tile.coord, row_begin);
+      finish_gemm<0>(acc_s);
+      tile = next_tile;
+      row_begin = next_row;
+      blocks = next_blocks;
+    } while (chained);
+  }
+
+  // A tile without the output.
+  __device__ __forceinline__ void run_tile(const ForwardTile& tile, const BlockRange& blocks) {
+    clear(acc_out);
+    softmax = RowSoftmax<kRows>();
+    if (blocks.begin < blocks.end) {
+      AccS acc_s;
+      open(tile, blocks);
+      attend(acc_s, first_row(tile), blocks);
       skip(blocks.begin - tile.blocks.begin);
     } else {
-      if constexpr (Traits::kOwnOutBuffer) release(smem.barriers.q_empty[group]);
+      wait_for_q();
+      release(smem.barriers.q_empty[group]);
+      leave_out();
       skip(tile.blocks.end - tile.blocks.begin);
       if constexpr (Traits::kTwoConsumers) advance();
-    }
-    write_output(tile.coord, row_begin);
-    if constexpr (!Traits::kOwnOutBuffer) {
-      wait_for_store();
-      release(smem.barriers.q_empty[group]);
     }
   }
 
   __device__ __forceinline__ void run() {
     GroupTurns::start(group);
-    if constexpr (Traits::kTwoConsumers) {
-      advance();
-      while (more) run_tile(ForwardTile(next_tile));  // a copy: it finds the one after
-    } else {
-      while (schedule.next(next_tile)) run_tile(next_tile);
+    if constexpr (Traits::kTwoConsumers) advance();
+    while (Traits::kTwoConsumers ? more : schedule.next(next_tile)) {
+      const ForwardTile tile =
+          next_tile;  // a copy: two consumers find the one after before its end
+      const BlockRange blocks = group_blocks(first_row(tile));
+      if (Traits::kChain && blocks.begin < blocks.end) {
+        run_chain(tile, blocks);
+      } else {
+        run_tile(tile, blocks);
+        write_output(tile.coord, first_row(tile));
+        // Beside one other group ptxas takes the warp for divided otherwise, and keeps nothing of
+        // the next tiles in uniform registers.
+        if constexpr (Traits::kTwoConsumers && !Traits::kChain) __syncwarp();
+      }
     }
     wait_for_store();  // shared memory has to outlive it
   }

@@ -13,7 +13,7 @@ struct ForwardProducer {
   typename Traits::TeamStorage& smem;
   const int team;
   Ring<Traits::kStages> ring_k, ring_v;
-  uint32_t q_parity = 0;
+  uint32_t q_parity = 0;  // of the tile
 
   // Waits until the consumers have left the buffer, announces its bytes and returns the barrier.
   __device__ __forceinline__ static uint64_t* open(LoadBarrier& full, Barrier& empty,
@@ -56,10 +56,19 @@ struct ForwardProducer {
 
   __device__ __forceinline__ void load_v(const ForwardTile& tile, int block) {
     const int stage = ring_v.stage();
+    if constexpr (!Traits::kOwnOutBuffer) {
+      if (tile.blocks.end - block <= Traits::kStages) wait_for_output(stage);
+    }
     uint64_t* barrier = open(smem.barriers.v_full[stage], smem.barriers.v_empty[stage],
                              ring_v.parity(), Traits::kVElements);
     load_block<Traits::kHeadDimV>(arguments.v, barrier, smem.v[stage], tile, block);
     ++ring_v.use;
+  }
+
+  // Until the output of the tile before, if there is one, has left a stage of V. (q_parity is one
+  // tile ahead by now.)
+  __device__ __forceinline__ void wait_for_output(int stage) {
+    smem.barriers.out_empty[stage].wait(q_parity);
   }
 
   // In the order in which the consumers want them: K runs one block ahead of V.
@@ -76,7 +85,11 @@ struct ForwardProducer {
         load_k(tile, block - 1);
         load_v(tile, block);
       }
-      if (any_key) load_v(tile, block);
+      if (any_key) {
+        load_v(tile, block);
+      } else if constexpr (!Traits::kOwnOutBuffer) {
+        for (int stage = 0; stage < Traits::kStages; ++stage) wait_for_output(stage);
+      }
     }
   }
 };

@@ -44,7 +44,7 @@ struct ForwardTiles<Element, 192> {
 };
 template <class Element>
 struct ForwardTiles<Element, 256> {
-  using Rows = std::tuple<ForwardTraits<Element, 256, 128, 64, 256, 1, 2048>,
+  using Rows = std::tuple<ForwardTraits<Element, 256, 128, 64, 256, 1, 2048, 1, 512>,
                           ForwardTraits<Element, 256, 128, 80, 256, 2>,
                           ForwardTraits<Element, 256, 128, 80>>;
 };

@@ -85,18 +85,22 @@ struct ForwardTraits {
   }
   static constexpr int kStages = fits(3, kHeadDimV) ? 3 : 2;
   // Where there is room, the output leaves from a buffer of its own, if need be in two halves of
-  // the columns, so that the next tile's Q arrives during the last products and the epilogue;
-  // elsewhere it takes Q's place.
+  // the columns; elsewhere from a stage of V. So the next tile's Q arrives during the last products
+  // and the epilogue.
   static constexpr int kOutParts =
       fits(kStages, kHeadDimV) || !fits(kStages, kHeadDimV / 2) ? 1 : 2;
   static constexpr int kOutColumns = kHeadDimV / kOutParts;  // of a part
   static constexpr bool kOwnOutBuffer = fits(kStages, kOutColumns);
   static constexpr int kOutElements = kGroupRows * kOutColumns;
-  static_assert(kOwnOutBuffer || (kOutElements <= kQElements && kTeams == 1));
+  // Each of two groups then has one of two stages, see ForwardConsumer::out_use and leave_out.
+  static_assert(kOwnOutBuffer || (kOutElements <= kVElements && kStages == 2 && kGroups == 2));
   static_assert(kBoxColumns<kOutColumns> == kBoxColumns<kHeadDimV>);  // one tensor map
   // Whether a group leaves Q with its last scores, so that the next Q is there before the epilogue
   // ends, or only after their softmax. Found by trying: beside two other groups it does not pay.
-  static constexpr bool kLeaveQEarly = kOwnOutBuffer && kGroups == 2;
+  static constexpr bool kLeaveQEarly = kGroups == 2;
+  // Whether a tile begins under the output of the one before. Found by trying: not beside two other
+  // groups, nor where the output leaves registers for few columns of S.
+  static constexpr bool kChain = kTwoConsumers && kOwnOutBuffer && !kVote;
 
   using MmaOutPart =  // a product with the accumulators of a part
       RegisterMma<Element, kGroupRows, kOutColumns, Major::MN>;
@@ -114,7 +118,7 @@ struct ForwardTraits {
                                            cute::Shape<Int<kGroupRows>, Int<kOutColumns>>{}));
 
   using Barriers = ForwardBarriers<kGroups, kStages, kCluster>;
-  using Schedule = ForwardSchedule<kTileM, kTileN, kWarpRows, kTeams>;
+  using Schedule = ForwardSchedule<kTileM, kTileN, kWarpRows, kTeams, kOwnOutBuffer ? 1 : 2>;
   // Groups take turns with their products; the other team fills the gaps as well.
   using GroupTurns = Turns<kTeams == 1 ? kGroups : 1>;
 
@@ -125,11 +129,11 @@ struct ForwardTraits {
     alignas(1024) Element out[kOwnOutBuffer ? kGroups : 1][kOwnOutBuffer ? kOutElements : 1];
     Barriers barriers;
 
-    __device__ __forceinline__ Element* out_tile(int group) {
+    __device__ __forceinline__ Element* out_tile(int group, int stage) {
       if constexpr (kOwnOutBuffer) {
         return out[group];
       } else {
-        return q[group];
+        return v[stage];
       }
     }
   };

@@ -13,7 +13,7 @@ struct ForwardTile {
   TileCoord coord;
   int head_k;
   int row_begin;      // may be negative, see next()
-  BlockRange blocks;  // of keys that some row of the tile sees
+  BlockRange blocks;  // of keys that some row of the tile sees, and up to kMinBlocks others
 };
 
 // What the schedule divides by, as multiplications: nothing hides a division between two tiles.
@@ -46,7 +46,7 @@ struct ScheduleDivisors {
 // last group, the tail, has a size of its own. Groups of more than one head alternate: longest tile
 // first in the tail, backwards in the group before, so that lengths change slowly from round to
 // round, also from group to group, and the last tiles are short.
-template <int kTileM, int kTileN, int kWarpRows, int kTeams>
+template <int kTileM, int kTileN, int kWarpRows, int kTeams, int kMinBlocks>
 struct ForwardSchedule {
   const ForwardParams& params;
   const ScheduleDivisors& divisors;
@@ -105,6 +105,8 @@ struct ForwardSchedule {
     const int end = ceil_div(shape.seqlen_q, kWarpRows) * kWarpRows;
     tile.row_begin = end - (blocks - tile.coord.block) * kTileM;
     tile.blocks = visible.key_blocks(tile.row_begin, kTileM, kTileN);
+    const int count = tile.blocks.end - tile.blocks.begin;
+    if (count > 0 && count < kMinBlocks) tile.blocks.end += kMinBlocks - count;
     return true;
   }
 };
