@@ -88,6 +88,16 @@ def test_lengths_with_many_keys(head_dim, seqlen_q, mask):
         check(case, torch.bfloat16)
 
 
+@pytest.mark.parametrize("mask", ["full", "causal", "diagonal", "window"])
+@pytest.mark.parametrize("lengths", [(1024, 1), (700, 100), (1024, 230), (768, 3000)], ids=str)
+@pytest.mark.parametrize("head_dims", YARDSTICK_HEAD_DIMS, ids=str)
+def test_several_tiles_of_a_thread_block(head_dims, lengths, mask):
+    """Each begins beside the end of the one before, also where it has one block of keys or none."""
+    d, dv = head_dims
+    case = Case(*lengths, 8, 4, head_dim=d, head_dim_v=dv, mask=mask, batch=9)
+    check(case, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 16, 24, 32, 88, 104, 136, 200, 248])
 def test_head_dims(head_dim, dtype):

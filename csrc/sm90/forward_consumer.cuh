@@ -269,14 +269,14 @@ struct ForwardConsumer {
     }
   }
 
-  // Where there is no buffer for the output it takes, after the last block of a tile, the next
-  // stage of V's ring that the group has for itself: group 0 the one of the last block but one,
-  // group 1 that of the last, which all have left a step later.
+  // Where there is no buffer for the output, each of the two groups takes a stage of V for it after
+  // the last block of a tile: group 0 that of the last block but one, group 1 that of the last,
+  // which the other group leaves first.
   __device__ __forceinline__ Ring<Traits::kStages> out_use() const {
     return Ring<Traits::kStages>{ring.use + group};
   }
 
-  // Gives that stage back; before anything else uses the ring.
+  // Gives that stage back, if the group has one; before its next block.
   __device__ __forceinline__ void leave_out() {
     if constexpr (!Traits::kOwnOutBuffer) {
       if (out_pending) {
@@ -345,7 +345,7 @@ struct ForwardConsumer {
         wait_for_k();
         GroupTurns::wait(group);
       }
-      issue_scores(acc_s);  // at the end for nothing: no branch may come between it and its wait
+      issue_scores(acc_s);  // after the last tile of nothing: so it needs no branch
       if (chained) GroupTurns::pass(group);
       write_output(tile.coord, row_begin);
       finish_gemm<0>(acc_s);
@@ -377,18 +377,19 @@ struct ForwardConsumer {
     GroupTurns::start(group);
     if constexpr (Traits::kTwoConsumers) advance();
     while (Traits::kTwoConsumers ? more : schedule.next(next_tile)) {
-      const ForwardTile tile =
-          next_tile;  // a copy: two consumers find the one after before its end
+      const ForwardTile tile = next_tile;  // two consumers find the one after before its end
       const BlockRange blocks = group_blocks(first_row(tile));
-      if (Traits::kChain && blocks.begin < blocks.end) {
-        run_chain(tile, blocks);
-      } else {
-        run_tile(tile, blocks);
-        write_output(tile.coord, first_row(tile));
-        // Beside one other group ptxas takes the warp for divided otherwise, and keeps nothing of
-        // the next tiles in uniform registers.
-        if constexpr (Traits::kTwoConsumers && !Traits::kChain) __syncwarp();
+      if constexpr (Traits::kChain) {
+        if (blocks.begin < blocks.end) {
+          run_chain(tile, blocks);
+          continue;
+        }
       }
+      run_tile(tile, blocks);
+      write_output(tile.coord, first_row(tile));
+      // Beside one other group ptxas takes the warp for divided otherwise, and keeps nothing of the
+      // next tiles in uniform registers.
+      if constexpr (Traits::kTwoConsumers && !Traits::kChain) __syncwarp();
     }
     wait_for_store();  // shared memory has to outlive it
   }
