@@ -318,8 +318,8 @@ struct ForwardConsumer {
     skip(tile.blocks.end - blocks.end);
   }
 
-  // Tiles of which this group sees keys, each with its first scores under the output of the one
-  // before.
+  // Tiles of which this group sees keys, up to the first of which it sees none: the first scores of
+  // each run under the output of the one before.
   __device__ __forceinline__ void run_chain(ForwardTile tile, BlockRange blocks) {
     int row_begin = first_row(tile);
     AccS acc_s;
@@ -345,7 +345,7 @@ struct ForwardConsumer {
         wait_for_k();
         GroupTurns::wait(group);
       }
-      issue_scores(acc_s);  // after the last tile of nothing: so it needs no branch
+      issue_scores(acc_s);  // in no branch: after the last tile of what is there, and not used
       if (chained) GroupTurns::pass(group);
       write_output(tile.coord, row_begin);
       finish_gemm<0>(acc_s);
@@ -355,7 +355,7 @@ struct ForwardConsumer {
     } while (chained);
   }
 
-  // A tile without the output.
+  // A tile up to its output.
   __device__ __forceinline__ void run_tile(const ForwardTile& tile, const BlockRange& blocks) {
     clear(acc_out);
     softmax = RowSoftmax<kRows>();
