@@ -311,11 +311,15 @@ struct ForwardConsumer {
     q_parity ^= 1;
   }
 
-  // Up to the first block that the group sees.
+  // Up to the first block that the group sees; in a chain, up to the turn for its scores.
   __device__ __forceinline__ void open(const ForwardTile& tile, const BlockRange& blocks) {
     wait_for_q();
     if (blocks.end != tile.blocks.end) leave_out();
     skip(tile.blocks.end - blocks.end);
+    if constexpr (Traits::kChain) {
+      wait_for_k();
+      GroupTurns::wait(group);
+    }
   }
 
   // Tiles of which this group sees keys, up to the first of which it sees none: the first scores of
@@ -324,8 +328,6 @@ struct ForwardConsumer {
     int row_begin = first_row(tile);
     AccS acc_s;
     open(tile, blocks);
-    wait_for_k();
-    GroupTurns::wait(group);
     issue_scores(acc_s);
     GroupTurns::pass(group);
     finish_gemm<0>(acc_s);
@@ -340,11 +342,7 @@ struct ForwardConsumer {
       const int next_row = first_row(next_tile);
       const BlockRange next_blocks = group_blocks(next_row);
       chained = more && next_blocks.begin < next_blocks.end;
-      if (chained) {
-        open(next_tile, next_blocks);
-        wait_for_k();
-        GroupTurns::wait(group);
-      }
+      if (chained) open(next_tile, next_blocks);
       issue_scores(acc_s);  // in no branch: after the last tile of what is there, and not used
       if (chained) GroupTurns::pass(group);
       write_output(tile.coord, row_begin);

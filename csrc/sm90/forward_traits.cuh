@@ -118,8 +118,8 @@ struct ForwardTraits {
                                            cute::Shape<Int<kGroupRows>, Int<kOutColumns>>{}));
 
   using Barriers = ForwardBarriers<kGroups, kStages, kCluster>;
-  // Between two outputs in a stage of V there is a block in it, before which all have left the
-  // first.
+  // Two blocks a tile: so each stage of V holds a block between two outputs, and whoever has read
+  // it knows that the first output has left.
   using Schedule = ForwardSchedule<kTileM, kTileN, kWarpRows, kTeams, kOwnOutBuffer ? 1 : 2>;
   // Groups take turns with their products; the other team fills the gaps as well.
   using GroupTurns = Turns<kTeams == 1 ? kGroups : 1>;

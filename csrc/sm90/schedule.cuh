@@ -13,7 +13,7 @@ struct ForwardTile {
   TileCoord coord;
   int head_k;
   int row_begin;      // may be negative, see next()
-  BlockRange blocks;  // of keys that some row of the tile sees, and up to kMinBlocks others
+  BlockRange blocks;  // of keys that some row of the tile sees; if any, at least kMinBlocks
 };
 
 // What the schedule divides by, as multiplications: nothing hides a division between two tiles.
