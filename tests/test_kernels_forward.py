@@ -157,6 +157,46 @@ def test_long_sequence(mask):
     assert_lse_near(lse, ref_lse)
 
 
+@pytest.mark.parametrize("lengths", [(8192, 8192), (8193, 8400), (8900, 8200)], ids=str)
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_long_causal_lengths(head_dim, lengths):
+    """From 8192 on pairs of thread blocks share the rows of a tile."""
+    check(Case(*lengths, 2, 1, head_dim=head_dim, batch=1, mask="causal"), torch.bfloat16)
+
+
+# The keys from one on have scores below 0, the last blocks or the first, or they all have.
+@pytest.mark.parametrize("negative", [slice(500, None), slice(0, 500), slice(None)], ids=str)
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("head_dims", YARDSTICK_HEAD_DIMS, ids=str)
+def test_scores_below_zero(head_dims, mask, negative):
+    """Maxima of scores of which one has no sign are taken as integers."""
+    d, dv = head_dims
+    case = Case(300, 1000, head_dim=d, head_dim_v=dv, mask=mask)
+    inputs = random_inputs(case, torch.bfloat16, "cuda")
+    with torch.no_grad():
+        inputs.q.abs_()
+        inputs.k.abs_().mul_(torch.linspace(0.1, 2, 1000, device="cuda")[:, None, None])
+        inputs.k[:, negative].neg_()
+    out, lse = run_forward(inputs, case)
+    ref, ref_lse = fp64_forward(inputs, case)
+    rounded = rounded_result(inputs, case.softmax_scale, case.window)
+    assert_near(out, ref, rounded.out, "out")
+    assert_lse_near(lse, ref_lse)
+
+
+@pytest.mark.parametrize("head_dims", YARDSTICK_HEAD_DIMS, ids=str)
+def test_nan_of_a_key_stays_with_the_rows_that_see_it(head_dims):
+    d, dv = head_dims
+    case = Case(1000, 1000, head_dim=d, head_dim_v=dv, mask="causal")
+    inputs = random_inputs(case, torch.bfloat16, "cuda")
+    ref, _ = fp64_forward(inputs, case)
+    with torch.no_grad():
+        inputs.k[:, 700] = torch.nan
+    out, lse = run_forward(inputs, case)
+    assert out[:, 700:].isnan().all() and lse[:, :, 700:].isnan().all()
+    assert relative_error(out[:, :700], ref[:, :700]) < 1e-2
+
+
 def test_many_heads_and_batches():
     """batch * heads past 65535, the limit of a grid's second and third dimension."""
     case = Case(17, 19, 1024, 256, head_dim=32, batch=70)

@@ -36,7 +36,7 @@ REASONS = (
     r"is of family sm\d+, asked for is sm\d+",
     r"needs \d+ bytes of shared memory, \w+ gives a block \d+",
     r"serves seqlen_k <= \d+( without a mask)?, the inputs have \d+",
-    r"takes no mask",
+    r"takes no mask but one of one bound, from \d+ queries and keys on",
     r"takes \d+ tiles of a head at a time, the inputs have \d+",
     r"fits, but \w+ has smaller head_dim buckets \(\d+ \+ \d+ < \d+ \+ \d+\)",
     r"fits, but \w+ (has a smaller head_dim bucket|is of a newer family|is preferred) \(.+\)",
@@ -282,9 +282,9 @@ CLUSTERS = [row for row in KERNELS.values() if row["cluster"] > 1 and row["direc
 
 
 @pytest.mark.parametrize("row", CLUSTERS, ids=lambda row: row["name"])
-def test_clusters_take_whole_groups_of_tiles_without_a_mask(row):
-    def plan(tiles, **window):
-        sizes = {"seqlen_q": tiles * row["tile_m"] - 1, "seqlen_k": 7777, **window}
+def test_clusters_take_whole_groups_of_tiles_or_a_long_causal_mask(row):
+    def plan(tiles, **other):
+        sizes = {"seqlen_q": tiles * row["tile_m"] - 1, "seqlen_k": 7777, **other}
         return plan_for(row["direction"], row["dtype"], head_dim=row["head_dim"], **sizes)
 
     def reason(plan):
@@ -298,9 +298,17 @@ def test_clusters_take_whole_groups_of_tiles_without_a_mask(row):
         assert KERNELS[plan(tiles)["kernel"]]["cluster"] == 1
         expected = f"takes {cluster} tiles of a head at a time, the inputs have {tiles}"
         assert reason(plan(tiles)) == expected
-    for window in ({"window_right": 0}, {"window_left": 9}, {"window_left": 9, "window_right": 9}):
-        assert KERNELS[plan(2 * cluster, **window)["kernel"]]["cluster"] == 1
-        assert reason(plan(2 * cluster, **window)) == "takes no mask"
+    no_mask = "takes no mask but one of one bound, from 8192 queries and keys on"
+    causal, window = {"window_right": 0}, {"window_left": 9, "window_right": 9}
+    for sizes in ({"seqlen_q": 8192}, {"seqlen_k": 8192}, {"seqlen_q": 9999, "seqlen_k": 9999}):
+        long = min(sizes.get("seqlen_q", 0), sizes.get("seqlen_k", 7777)) >= 8192
+        chosen = KERNELS[plan(2 * cluster, **causal, **sizes)["kernel"]]["cluster"]
+        assert chosen == (cluster if long else 1)
+        assert reason(plan(2 * cluster, **window, **sizes)) == no_mask
+    assert reason(plan(2 * cluster, **causal)) == no_mask
+    tiles = -(-9999 // (row["tile_m"] * cluster))
+    blocks = plan(0, batch=1, heads_q=1, heads_k=1, seqlen_q=9999, seqlen_k=9999, **causal)["grid"]
+    assert blocks == tiles * cluster
 
 
 @pytest.mark.parametrize("mask", [{}, {"window_right": 0}, {"window_left": 9}])

@@ -100,18 +100,6 @@ def persistent_group(head_dim=64, **sizes) -> int:
 
 
 @pytest.mark.parametrize(
-    "heads_q, heads_k, expected",
-    [(8, 8, 16), (32, 32, 16), (20, 20, 14), (33, 33, 14), (32, 8, 16)],
-)
-def test_a_persistent_grid_takes_16_heads_or_more_in_groups_of_nearly_one_size(
-    heads_q, heads_k, expected
-):
-    # K and V of one head take 32 MiB, so none but these 16 would go together.
-    heads = {"heads_q": heads_q, "heads_k": heads_k}
-    assert persistent_group(seqlen_q=131072, seqlen_k=131072, window_right=0, **heads) == expected
-
-
-@pytest.mark.parametrize(
     "sizes",
     [
         {"seqlen_q": 131072, "seqlen_k": 131072},
@@ -124,11 +112,11 @@ def test_a_persistent_grid_goes_head_by_head_where_that_comes_out_even(sizes):
     assert persistent_group(128, heads_q=64, heads_k=16, **sizes) == 1
 
 
-def test_a_persistent_grid_takes_heads_of_many_tiles_together_under_a_mask():
+def test_a_persistent_grid_takes_heads_of_many_tiles_in_groups_under_a_mask():
     sizes = {"seqlen_q": 4096, "seqlen_k": 4096, "heads_q": 64, "heads_k": 16}
     assert persistent_group(128, **sizes) == 1
-    # L2 holds more than the least, 16: three groups of nearly one size, whole KV heads in each.
-    assert persistent_group(128, window_right=0, **sizes) == 44
+    # Two rounds of 132 tiles are 8 heads of 32, whole KV heads.
+    assert persistent_group(128, window_right=0, **sizes) == 8
 
 
 def test_a_persistent_grid_of_tall_tiles_takes_heads_together_under_a_mask():
@@ -141,6 +129,42 @@ def test_a_persistent_grid_takes_all_heads_together_where_tiles_are_few():
     assert persistent_group(seqlen_q=512, seqlen_k=512, window_right=0, heads_q=16, heads_k=4) == 32
 
 
+def share_of_time_used(plan, seqlen, query_heads, window_left=-1, tail=None):
+    """Of the teams of a persistent grid on an H200, causal. A tile takes a step for each of its key
+    blocks, and about one more to begin and to end. tail: heads of the last group, by default the
+    plan's."""
+    row = KERNELS[plan["kernel"]]
+    teams = GPUS["H200"]["sm_count"] // row["cluster"] * row["teams"]
+    rows = row["tile_m"] * row["cluster"]
+    ends = range(seqlen, 0, -rows)  # longest tile first
+    hidden = seqlen if window_left < 0 else window_left + rows
+    steps = [1 + -(-end // row["tile_n"]) - max(end - hidden, 0) // row["tile_n"] for end in ends]
+
+    heads, tail = plan["heads_per_group"], plan["tail_heads"] if tail is None else tail
+    groups = [[n for n in steps for _ in range(heads)]] * ((query_heads - tail) // heads)
+    if heads > 1:  # each other one backwards, the last of them
+        groups[-1::-2] = [group[::-1] for group in groups[-1::-2]]
+    order = [n for group in groups for n in group] + [n for n in steps for _ in range(tail)]
+    assert len(order) == query_heads * len(steps)
+    times = [0] * teams
+    for index, n in enumerate(order):  # every other round backwards
+        place = index % teams
+        times[place if index // teams % 2 == 0 else teams - 1 - place] += n
+    return sum(times) / teams / max(times)
+
+
+def masked_plan(head_dim, seqlen, batch, heads, window_left=-1):
+    """A causal forward of as many KV heads on an H200."""
+    if head_dim not in built("forward", EXTENSION.build_info()["dtypes"][0]):
+        pytest.skip(f"this build has no head dim {head_dim}")
+    sizes = {"seqlen_q": seqlen, "seqlen_k": seqlen, "heads_q": heads, "heads_k": heads}
+    window = {"window_left": window_left, "window_right": 0}
+    plan = plan_for("forward", head_dim=head_dim, batch=batch, **sizes, **window)
+    if not is_persistent(plan):
+        pytest.skip("no persistent kernel in this build")
+    return plan
+
+
 @pytest.mark.parametrize(
     "head_dim, seqlen, window_left",
     [(64, 512, -1), (128, 512, -1), (128, 1024, -1), (128, 2048, -1), (256, 1024, -1)]
@@ -149,41 +173,33 @@ def test_a_persistent_grid_takes_all_heads_together_where_tiles_are_few():
 def test_the_last_heads_side_by_side_even_out_a_masked_persistent_grid(
     head_dim, seqlen, window_left
 ):
-    """16 thousand tokens, hidden size 2048, on an H200; a tile takes a step for each of its key
-    blocks, and about one more to begin and to end."""
+    """16 thousand tokens, hidden size 2048."""
     heads, batch = 2048 // head_dim, 16384 // seqlen
-    if head_dim not in built("forward", EXTENSION.build_info()["dtypes"][0]):
-        pytest.skip(f"this build has no head dim {head_dim}")
-    lengths = {"seqlen_q": seqlen, "seqlen_k": seqlen}
-    lengths |= {"window_left": window_left, "window_right": 0}
-    plan = plan_for(
-        "forward", batch=batch, heads_q=heads, heads_k=heads, head_dim=head_dim, **lengths
-    )
-    if not is_persistent(plan):
-        pytest.skip("no persistent kernel in this build")
+    plan = masked_plan(head_dim, seqlen, batch, heads, window_left)
     assert plan["heads_per_group"] == 1
-    row = KERNELS[plan["kernel"]]
-    teams = GPUS["H200"]["sm_count"] * row["teams"]
-    ends = range(seqlen, 0, -row["tile_m"])  # longest tile first
-    hidden = seqlen if window_left < 0 else window_left + row["tile_m"]
-    steps = [1 + -(-end // row["tile_n"]) - max(end - hidden, 0) // row["tile_n"] for end in ends]
 
-    def share_of_time_used(tail):
-        order = steps * (heads * batch - tail) + [n for n in steps for _ in range(tail)]
-        times = [0] * teams
-        for index, n in enumerate(order):  # every other round backwards
-            place = index % teams
-            times[place if index // teams % 2 == 0 else teams - 1 - place] += n
-        return sum(times) / teams / max(times)
+    def share(tail):
+        return share_of_time_used(plan, seqlen, heads * batch, window_left, tail)
 
-    assert share_of_time_used(plan["tail_heads"]) > 0.985 > 0.975 > share_of_time_used(1)
+    assert share(plan["tail_heads"]) > 0.985 > 0.975 > share(1)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("seqlen", [4096, 5000, 8192, 10000, 16384, 20000, 32768])
+@pytest.mark.parametrize("heads", [24, 40, 96])
+def test_groups_of_heads_even_out_a_masked_persistent_grid(head_dim, seqlen, heads):
+    plan = masked_plan(head_dim, seqlen, 1, heads)
+    assert share_of_time_used(plan, seqlen, heads) > 0.96
+    if heads == 96:  # enough to choose from: those that stay in L2
+        group = plan["heads_per_group"]
+        assert group == 2 or 2 < group <= GPUS["H200"]["l2_bytes"] / (4 * seqlen * head_dim)
 
 
 @pytest.mark.parametrize(
     "sizes, groups",
     [
         ({"seqlen_k": 131072}, (1, 1)),  # no mask
-        ({"seqlen_k": 131072, "window_right": 0}, (14, 12)),  # 40 heads: two of 14, one of 12
+        ({"seqlen_k": 131072, "window_right": 0}, (2, 2)),  # 40 heads: 20 groups of 2
         ({"seqlen_k": 512, "seqlen_q": 512, "window_right": 0}, (40, 40)),  # few tiles
     ],
     ids=["no mask", "groups", "all"],

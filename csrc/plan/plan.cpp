@@ -7,6 +7,8 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "../core/window.h"
+
 namespace flash_attn2 {
 namespace {
 
@@ -15,11 +17,15 @@ constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 constexpr int64_t kMaxLengthSum = kMaxInt - 1024;
 constexpr int64_t kWorkspaceAlignment = 256;
 constexpr int64_t kBytesPerElement = 2;  // fp16 and bf16
-// See heads_of_group and plan_persistent_groups.
+// See heads_of_group, plan_persistent_groups and heads_of_even_group.
 constexpr int64_t kHeadsOfGroup = 16;
 constexpr int64_t kMostTilesOfHead = 16;
 constexpr int64_t kManyRounds = 7;
 constexpr int kTallestHeadByHead = 128;
+constexpr int kTeamsLookedAt = 5;
+constexpr double kNearlyEven = 1.01;
+// See clusters_fit.
+constexpr int kMaskedLengthOfCluster = 8192;
 // See ring_pays.
 constexpr int64_t kRowsOfRing = 1024;
 constexpr int64_t kRowsOfDeterministicRing = 2048;
@@ -47,8 +53,16 @@ void require_range(const char* what, int64_t value, int64_t low, int64_t high) {
 
 bool is_masked(const Window& window) { return window.left >= 0 || window.right >= 0; }
 
+// Whether most tiles of a head see about as many keys.
+bool tiles_are_equal(const Window& window) { return (window.left < 0) == (window.right < 0); }
+
+// Query rows that work together: of a thread block, or of a forward cluster, which shares a tile.
+int rows_of_tile(const KernelRow& row) {
+  return row.direction == Direction::kForward ? row.tile_m * row.cluster : row.tile_m;
+}
+
 int64_t query_tiles(const KernelRow& row, const AttentionShape& shape) {
-  return ceil_div(shape.seqlen_q, row.tile_m);
+  return ceil_div(shape.seqlen_q, rows_of_tile(row));
 }
 
 // Of a backward: keys that add to dQ as one, those of a cluster.
@@ -58,10 +72,17 @@ int64_t clusters_at_a_time(const KernelRow& row, const DeviceLimits& device) {
   return device.sm_count / row.cluster;
 }
 
-// The thread blocks of a forward cluster work on tiles of one head, all of one length.
+// Forward clusters save power, for K and V leave L2 once for all of their thread blocks, but these
+// wait for each other, and rows to spare leave some without work. Without a mask there are to be
+// none; under a causal one they are in the shortest tile, and it takes long sequences to pay.
 bool clusters_fit(const KernelRow& row, const Problem& problem) {
-  return row.cluster == 1 || row.direction == Direction::kBackward ||
-         (!is_masked(problem.window) && query_tiles(row, problem.shape) % row.cluster == 0);
+  if (row.cluster == 1 || row.direction == Direction::kBackward) return true;
+  const AttentionShape& shape = problem.shape;
+  if (!is_masked(problem.window)) {
+    return ceil_div(shape.seqlen_q, row.tile_m) % row.cluster == 0;
+  }
+  return !tiles_are_equal(problem.window) &&
+         std::min(shape.seqlen_q, shape.seqlen_k) >= kMaskedLengthOfCluster;
 }
 
 int most_keys(const KernelRow& row, const Problem& problem) {
@@ -138,9 +159,12 @@ std::string refusal_reason(const KernelRow& row, const KernelRow* chosen, const 
            std::to_string(problem.shape.seqlen_k);
   }
   if (!clusters_fit(row, problem)) {
-    if (is_masked(problem.window)) return "takes no mask";
+    if (is_masked(problem.window)) {
+      return "takes no mask but one of one bound, from " + std::to_string(kMaskedLengthOfCluster) +
+             " queries and keys on";
+    }
     return "takes " + std::to_string(row.cluster) + " tiles of a head at a time, the inputs have " +
-           std::to_string(query_tiles(row, problem.shape));
+           std::to_string(ceil_div(problem.shape.seqlen_q, row.tile_m));
   }
   const std::string fits = "fits, but " + chosen->name;
   if (padded_columns(row) > padded_columns(*chosen)) {
@@ -189,8 +213,6 @@ int heads_that_share_l2(const AttentionShape& shape, int64_t l2_bytes) {
 
 // Head by head, the thread blocks that run at a time read the same K and V, which halves what L2
 // has to deliver. Tiles of different lengths want the longest ones of some heads first.
-bool tiles_are_equal(const Window& window) { return (window.left < 0) == (window.right < 0); }
-
 int heads_of_group(const AttentionShape& shape, const Window& window, const DeviceLimits& device) {
   if (tiles_are_equal(window)) return 1;
   const int64_t group = shape.heads_q / shape.heads_k;
@@ -198,16 +220,82 @@ int heads_of_group(const AttentionShape& shape, const Window& window, const Devi
                                             ceil_div(kHeadsOfGroup, group) * group));
 }
 
+// Of a persistent grid with groups of `heads` query heads (sm90/schedule.cuh): the steps of its
+// busiest team, by some of the teams. A tile takes one for each of its key blocks, and about one to
+// begin and to end.
+int64_t steps_of_busiest_team(const KernelRow& row, const Problem& problem, int64_t teams,
+                              int64_t heads) {
+  const AttentionShape& shape = problem.shape;
+  const VisibleKeys visible(shape, problem.window);
+  const int64_t blocks = query_tiles(row, shape);
+  const int64_t query_heads = int64_t{shape.batch} * shape.heads_q;
+  const int64_t tail = (query_heads - 1) % heads + 1, tail_begin = (query_heads - tail) * blocks;
+  const auto steps = [&](int64_t index) {
+    int64_t rank = (index - tail_begin) / tail;
+    if (index < tail_begin) {
+      const int64_t tiles_of_group = heads * blocks, in_group = index % tiles_of_group;
+      const bool backwards = (tail_begin / tiles_of_group - index / tiles_of_group) % 2 == 1;
+      rank = (backwards ? tiles_of_group - 1 - in_group : in_group) / heads;
+    }
+    const int row_begin = static_cast<int>(blocks - 1 - rank) * rows_of_tile(row);
+    const BlockRange keys = visible.key_blocks(row_begin, rows_of_tile(row), row.tile_n);
+    return std::max(keys.end - keys.begin, 0) + 1;
+  };
+  int64_t most = 0;
+  for (int i = 0; i < kTeamsLookedAt; ++i) {
+    const int64_t team = (teams - 1) * i / (kTeamsLookedAt - 1);
+    int64_t sum = 0;
+    for (int64_t round = 0, first = 0; first < query_heads * blocks; ++round, first += teams) {
+      const int64_t index = first + (round % 2 == 0 ? team : teams - 1 - team);
+      if (index < query_heads * blocks) sum += steps(index);
+    }
+    most = std::max(most, sum);
+  }
+  return most;
+}
+
+// Heads that go side by side in such a grid: what they read of K and V should stay in L2, for
+// reading it from memory again takes power, and teams should have about the same steps. Groups of
+// an even number of rounds are even as a rule, of an odd number as a rule not. The smallest of some
+// that come out about as even as the best; at most what L2 holds, or about 16 heads.
+int64_t heads_of_even_group(const KernelRow& row, const Problem& problem, int64_t teams,
+                            const DeviceLimits& device) {
+  const AttentionShape& shape = problem.shape;
+  const int64_t query_heads = int64_t{shape.batch} * shape.heads_q;
+  const int64_t kv_group = shape.heads_q / shape.heads_k;
+  const auto whole_kv_groups = [&](int64_t heads) { return ceil_div(heads, kv_group) * kv_group; };
+  int64_t most = std::max<int64_t>(heads_that_share_l2(shape, device.l2_bytes),
+                                   whole_kv_groups(kHeadsOfGroup));
+  most = ceil_div(query_heads, ceil_div(query_heads, most));
+  most = std::min(whole_kv_groups(most), query_heads);
+
+  std::vector<int64_t> sizes, steps;
+  const auto consider = [&](int64_t heads) {
+    sizes.push_back(heads);
+    steps.push_back(steps_of_busiest_team(row, problem, teams, heads));
+  };
+  const int64_t tiles_of_kv_head = query_tiles(row, shape) * kv_group;
+  for (int64_t rounds : {2, 4, 6, 8}) {
+    const int64_t kv_heads = (rounds * teams + tiles_of_kv_head / 2) / tiles_of_kv_head;
+    const int64_t heads = kv_heads * kv_group;
+    if (heads >= most) break;
+    if (heads > 1 && (sizes.empty() || heads > sizes.back())) consider(heads);
+  }
+  consider(most);
+  const int64_t least = *std::min_element(steps.begin(), steps.end());
+  size_t i = 0;
+  while (steps[i] > kNearlyEven * least) ++i;
+  return sizes[i];
+}
+
 // The same for a persistent grid, whose tiles are shared out beforehand: the heads of a group, and
-// those of the last one (sm90/schedule.cuh). Tiles of different lengths come out even head by head
-// only where there are many of them and few a head, in rounds of the teams that repeat: what is
-// left after these, and no less than a round, goes side by side at the end, where the short tiles
-// make up for each other. Between two bounds of a window most tiles of a head have one length, so
-// that there may be many of them, too. And it is worth it only where the products are most of the
-// work: not in the tall tiles of small head dims. Else all heads go together, the longest tile of
-// each first, or, where that is more than L2 holds, groups of about 16 heads, of nearly equal size:
-// still few enough for all thread blocks of one head to take turns with what one of them read.
-// docs/performance.md has the shares of idle time.
+// those of the last one. Tiles of different lengths come out even head by head only where there are
+// many of them and few a head, in rounds of the teams that repeat: what is left after these, and no
+// less than a round, goes side by side at the end, where the short tiles make up for each other.
+// Between two bounds of a window most tiles of a head have one length, so that there may be many of
+// them, too. And it is worth it only where the products are most of the work: not in the tall tiles
+// of small head dims. Else heads go in groups, the longest tile of each first, all together where
+// there are few tiles. docs/performance.md has the shares of idle time.
 void plan_persistent_groups(Plan& plan, const Problem& problem, const DeviceLimits& device) {
   const KernelRow& row = *plan.row;
   const AttentionShape& shape = problem.shape;
@@ -215,7 +303,7 @@ void plan_persistent_groups(Plan& plan, const Problem& problem, const DeviceLimi
   if (!is_masked(problem.window)) return;
   const int64_t query_heads = std::max<int64_t>(int64_t{shape.batch} * shape.heads_q, 1);
   const int64_t tiles = std::max<int64_t>(query_tiles(row, shape), 1);
-  const int64_t teams = device.sm_count * row.teams;
+  const int64_t teams = clusters_at_a_time(row, device) * row.teams;
   const int64_t rounds = tiles * query_heads / teams;
   if (rounds < kManyRounds) {
     plan.heads_per_group = plan.tail_heads = static_cast<int>(query_heads);
@@ -226,11 +314,7 @@ void plan_persistent_groups(Plan& plan, const Problem& problem, const DeviceLimi
     if (0 < tail && tail * tiles < teams) tail += heads_that_repeat;
     plan.tail_heads = static_cast<int>(std::clamp<int64_t>(tail, 1, query_heads));
   } else {
-    const int64_t group = shape.heads_q / shape.heads_k;
-    int64_t heads = std::max<int64_t>(heads_that_share_l2(shape, device.l2_bytes),
-                                      ceil_div(kHeadsOfGroup, group) * group);
-    heads = ceil_div(query_heads, ceil_div(query_heads, heads));
-    heads = std::min(ceil_div(heads, group) * group, query_heads);
+    const int64_t heads = heads_of_even_group(row, problem, teams, device);
     plan.heads_per_group = static_cast<int>(heads);
     plan.tail_heads = static_cast<int>((query_heads - 1) % heads + 1);
   }
@@ -448,12 +532,13 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
   const KernelRow& row = *plan.row;
   const AttentionShape& shape = problem.shape;
   const int64_t row_blocks =
-      count_blocks("seqlen_q", shape.seqlen_q, row.tile_m, int64_t{shape.batch} * shape.heads_q);
+      count_blocks("seqlen_q", shape.seqlen_q, row.tile_m, int64_t{shape.batch} * shape.heads_q,
+                   rows_of_tile(row) / row.tile_m);
   plan.launch.smem_bytes = row.smem_bytes;
   if (problem.direction == Direction::kForward) {
     const int64_t resident = clusters_at_a_time(row, device) * row.cluster;
     plan.launch.grid =
-        row.persistent ? std::min(ceil_div(row_blocks, row.teams), resident) : row_blocks;
+        row.persistent ? std::min(ceil_div(row_blocks, int64_t{row.teams}), resident) : row_blocks;
     if (row.persistent) {
       plan_persistent_groups(plan, problem, device);
     } else {

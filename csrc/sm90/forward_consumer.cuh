@@ -47,6 +47,7 @@ struct ForwardConsumer {
   uint32_t q_parity = 0;
   bool k_there = false, v_there = false;  // known of the next block of K, of the last one of V
   bool out_pending = false;               // a stage of V's ring is to be given back
+  bool softmax_sign;                      // see RowSoftmax::any_sign
   AccO acc_out;
   P probabilities;
   RowSoftmax<kRows> softmax;
@@ -95,27 +96,37 @@ struct ForwardConsumer {
       GroupTurns::pass(group);
       if constexpr (kFirst) leave_out();
     }
-    // The branch comes before the wait, for nothing hides what comes after it.
-    if (block >= whole.end || block < whole.begin) {
-      finish_gemm<kFirst ? 0 : 1>(acc_s);
-      const int row = recompute(row_begin + thread_row()), key = block * kTileN + thread % 4 * 2;
-      hide_columns(acc_s, [&](int j) {
-        return BlockRange{visible.first(row + 8 * j) - key, visible.end(row + 8 * j) - key};
-      });
-    } else {
-      finish_gemm<kFirst ? 0 : 1>(acc_s);
-    }
-    if constexpr (!kHasScores && !Traits::kLeaveLate) leave_scores(last);
-
     auto scores = rows_columns(acc_s);
     float factor[kRows], row_sum[kRows];
-    bool rescale = softmax.update_max(0, scores);
-    if constexpr (Traits::kVote) {
-      row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
-      asm volatile("" : "+f"(row_sum[0]));  // else the compiler moves them behind the wait
+    bool rescale;
+    const auto take_maxima = [&](auto max_of) {
+      rescale = softmax.update_max(0, max_of(scores, 0));
+      if constexpr (Traits::kVote) {
+        row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
+        asm volatile("" : "+f"(row_sum[0]));  // else the compiler moves them behind the wait
+      }
+      rescale |= softmax.update_max(1, max_of(scores, 1));
+    };
+    const auto max_of_floats = [](const auto& scores, int i) { return row_max(scores, i); };
+    const auto max_of_bits = [](const auto& scores, int i) { return row_max_of_bits(scores, i); };
+    // The branch comes before the wait, for nothing hides what comes after it. (With the condition
+    // in a variable the usual way through it has a jump more.)
+    if ((Traits::kMaxOfBits && (kFirst || softmax_sign)) || block >= whole.end ||
+        block < whole.begin) {
+      finish_gemm<kFirst ? 0 : 1>(acc_s);
+      if (block >= whole.end || block < whole.begin) {
+        const int row = recompute(row_begin + thread_row()), key = block * kTileN + thread % 4 * 2;
+        hide_columns(acc_s, [&](int j) {
+          return BlockRange{visible.first(row + 8 * j) - key, visible.end(row + 8 * j) - key};
+        });
+      }
+      if constexpr (Traits::kMaxOfBits) take_maxima(max_of_floats);
+    } else {
+      finish_gemm<kFirst ? 0 : 1>(acc_s);
+      if constexpr (Traits::kMaxOfBits) take_maxima(max_of_bits);
     }
-    rescale |= softmax.update_max(1, scores);
-    if constexpr (!kHasScores && Traits::kLeaveLate) leave_scores(last);
+    if constexpr (!Traits::kMaxOfBits) take_maxima(max_of_floats);
+    if constexpr (!kHasScores) leave_scores(last);
     rescale = !Traits::kVote || __any_sync(0xffffffffu, rescale);
     if constexpr (!Traits::kAskLate) look_ahead();
     // Where it is one, this branch also keeps ptxas from waiting for P V before the maxima.
@@ -127,6 +138,7 @@ struct ForwardConsumer {
     }
     if constexpr (!Traits::kVote) row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
     if constexpr (Traits::kAskLate) look_ahead();
+    if constexpr (Traits::kMaxOfBits) softmax_sign = softmax.any_sign();
     row_sum[1] = softmax.exponentiate(1, scores, scale_log2);
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) softmax.add(i, row_sum[i]);
@@ -303,7 +315,7 @@ struct ForwardConsumer {
     return {blocks.begin, row_begin > -kGroupRows ? blocks.end : blocks.begin};
   }
   __device__ __forceinline__ int first_row(const ForwardTile& tile) const {
-    return tile.row_begin + group * kGroupRows;
+    return tile.row_begin + Traits::group_row(group);
   }
 
   __device__ __forceinline__ void wait_for_q() {

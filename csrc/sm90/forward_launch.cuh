@@ -22,7 +22,7 @@ void launch_forward(const ForwardParams& params, const LaunchConfig& config, CUs
   };
   ForwardArguments arguments;
   arguments.params = params;
-  arguments.divisors = {params, ceil_div(shape.seqlen_q, Traits::kTileM)};
+  arguments.divisors = {params, ceil_div(shape.seqlen_q, Traits::kClusterRows)};
   constexpr int kBoxQ = kBoxColumns<Traits::kHeadDim>, kBoxV = kBoxColumns<Traits::kHeadDimV>;
   arguments.q = queries(params.q, shape.head_dim, Traits::kGroupRows, kBoxQ);
   arguments.k = keys(params.k, shape.head_dim, kBoxQ);

@@ -29,7 +29,7 @@ struct ForwardProducer {
                                Traits::kQElements);
       tma_load<Traits::kGroupRows, Traits::kHeadDim>(
           arguments.q, barrier, smem.q[group],
-          {tile.row_begin + group * Traits::kGroupRows, tile.coord.head, tile.coord.batch});
+          {tile.row_begin + Traits::group_row(group), tile.coord.head, tile.coord.batch});
     }
     q_parity ^= 1;
   }

@@ -14,8 +14,9 @@ struct ForwardTiles;
 // ForwardTraits: head_dim, tile_m, tile_n, V's head_dim, thread blocks of a cluster, most keys,
 // teams, most keys without a mask. 192 rows are three consumer warpgroups, for head dims that are
 // bound by the exponentials; the output of the large ones leaves registers for two. Clusters are
-// for tiles of one length (csrc/plan). Two teams are for tiles so short that their beginnings and
-// ends are most of the time. 64 keys at head dim 256 leave room for the output beside Q.
+// for tiles of one length, and for long ones under a causal mask (csrc/plan). Two teams are for
+// tiles so short that their beginnings and ends are most of the time. 64 keys at head dim 256 leave
+// room for the output beside Q.
 template <class Element>
 struct ForwardTiles<Element, 64> {
   using Rows = std::tuple<ForwardTraits<Element, 64, 128, 64, 64, 1, 512, 2, 256>,

@@ -36,9 +36,10 @@ struct ForwardTraits {
   static constexpr int kTileN = kTileN_;
   static constexpr int kMaxKeys = kMaxKeys_;  // the plan takes other tiles for more
   static constexpr int kMaxUnmaskedKeys = kMaxUnmaskedKeys_;
-  // Thread blocks that work on neighbouring tiles of a head and load a part of each block of K and
-  // V for all of them.
+  // Thread blocks that share a tile of kClusterRows and load a part of each block of K and V for
+  // all of them.
   static constexpr int kCluster = kCluster_;
+  static constexpr int kClusterRows = kTileM * kCluster;
   static constexpr int kPartRows = kTileN / kCluster;
   static_assert(kPartRows % 8 == 0);  // whole swizzle atoms
 
@@ -61,8 +62,9 @@ struct ForwardTraits {
   // products, and all exponentials come after it.
   static constexpr bool kTwoConsumers = kConsumers == 2;
   static constexpr bool kVote = kTwoConsumers && kHeadDimV > 192;
-  // Whether a block of K is left behind the maxima or as soon as it was read.
-  static constexpr bool kLeaveLate = kTwoConsumers;
+  // Whether maxima are taken as integers where that will do, see RowSoftmax. Found by trying: the
+  // two ways then hold a copy each of what comes before the vote, too much for few columns.
+  static constexpr bool kMaxOfBits = !kVote || kTileN > 64;
   // Whether the next blocks are asked for before the last exponentials of a step, or already before
   // the output is rescaled.
   static constexpr bool kAskLate = kTwoConsumers && !kVote;
@@ -120,9 +122,21 @@ struct ForwardTraits {
   using Barriers = ForwardBarriers<kGroups, kStages, kCluster>;
   // Two blocks a tile: so each stage of V holds a block between two outputs, and whoever has read
   // it knows that the first output has left.
-  using Schedule = ForwardSchedule<kTileM, kTileN, kWarpRows, kTeams, kOwnOutBuffer ? 1 : 2>;
+  using Schedule =
+      ForwardSchedule<kClusterRows, kTileN, kWarpRows, kTeams, kOwnOutBuffer ? 1 : 2, kCluster>;
   // Groups take turns with their products; the other team fills the gaps as well.
   using GroupTurns = Turns<kTeams == 1 ? kGroups : 1>;
+
+  // Where the rows of a group begin in the tile. In a cluster they are dealt out there and back,
+  // so that each thread block sees as many keys under a causal mask.
+  __device__ __forceinline__ static int group_row(int group) {
+    if constexpr (kCluster == 1) {
+      return group * kGroupRows;
+    } else {
+      const int rank = blockIdx.x % kCluster;
+      return (group * kCluster + (group % 2 == 0 ? rank : kCluster - 1 - rank)) * kGroupRows;
+    }
+  }
 
   struct TeamStorage {
     alignas(1024) Element q[kGroups][kQElements];

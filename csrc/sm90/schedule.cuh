@@ -1,5 +1,5 @@
 // Which tiles a team of the persistent forward grid works on, in which order. (One team is a thread
-// block, see ForwardTraits.)
+// block or a cluster of them, see ForwardTraits.)
 #pragma once
 
 #include <cutlass/fast_math.h>
@@ -46,7 +46,7 @@ struct ScheduleDivisors {
 // last group, the tail, has a size of its own. Groups of more than one head alternate: longest tile
 // first in the tail, backwards in the group before, so that lengths change slowly from round to
 // round, also from group to group, and the last tiles are short.
-template <int kTileM, int kTileN, int kWarpRows, int kTeams, int kMinBlocks>
+template <int kTileM, int kTileN, int kWarpRows, int kTeams, int kMinBlocks, int kCluster>
 struct ForwardSchedule {
   const ForwardParams& params;
   const ScheduleDivisors& divisors;
@@ -86,7 +86,8 @@ struct ForwardSchedule {
 
   // The next tile; false when there is none.
   __device__ __forceinline__ bool next(ForwardTile& tile) {
-    const unsigned rank = kTeams * blockIdx.x + team, ranks = kTeams * gridDim.x;
+    const unsigned rank = kTeams * (blockIdx.x / kCluster) + team;
+    const unsigned ranks = kTeams * (gridDim.x / kCluster);
     unsigned index = round * ranks + (round % 2 == 0 ? rank : ranks - 1 - rank);
     ++round;
     if (index >= tiles) return false;

@@ -6,16 +6,41 @@
 
 namespace flash_attn2::sm90 {
 
+// The largest of a thread's scores of row i if one of them has no sign, else any of them. As
+// integers: of three of them one instruction takes the largest, of floats only of two, and floats
+// without a sign sort as their bits do, above those with one.
+template <class Scores>
+__device__ __forceinline__ float row_max_of_bits(const Scores& scores, int i) {
+  constexpr int kColumns = decltype(cute::size<1>(scores))::value;
+  static_assert(kColumns % 4 == 0);
+  const auto bits = [&](int j) { return __float_as_int(scores(i, j)); };
+  int even = ::max(bits(0), bits(2)), odd = ::max(bits(1), bits(3));
+  CUTE_UNROLL
+  for (int j = 4; j < kColumns; j += 4) {
+    even = __vimax3_s32(even, bits(j), bits(j + 2));
+    odd = __vimax3_s32(odd, bits(j + 1), bits(j + 3));
+  }
+  return __int_as_float(::max(even, odd));
+}
+
 template <int kRows>
 struct RowSoftmax : OnlineSoftmax<kRows> {
   using OnlineSoftmax<kRows>::max;
   using OnlineSoftmax<kRows>::sum;
 
-  // Takes row i of a (kRows, columns) tile of scores into its maximum; true when it grew.
-  template <class Scores>
-  __device__ __forceinline__ bool update_max(int i, const Scores& scores) {
+  // Whether a maximum of the warp's rows has a sign: then row_max_of_bits will not do for the next
+  // scores. Below one without a sign it does not matter which of the others it gives.
+  __device__ __forceinline__ bool any_sign() const {
+    int bits = 0;
+    CUTE_UNROLL
+    for (int i = 0; i < kRows; ++i) bits |= __float_as_int(max[i]);
+    return __any_sync(0xffffffffu, bits < 0);
+  }
+
+  // Takes the largest of the thread's scores of row i into its maximum; true when it grew.
+  __device__ __forceinline__ bool update_max(int i, float of_thread) {
     before[i] = max[i];
-    max[i] = fmaxf(quad_max(row_max(scores, i)), before[i]);
+    max[i] = fmaxf(quad_max(of_thread), before[i]);
     return max[i] > before[i];
   }
 
