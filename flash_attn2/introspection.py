@@ -123,8 +123,9 @@ def plan(
         smem_bytes (of a block), workspace_bytes, heads_per_group, head_parts (of a group of
         query heads, each with dk and dv of its own, summed afterwards), dq_slots and dq_lag (KV
         heads, see csrc/sm90/dq_accumulator.cuh), tail_heads, heads_together and
-        last_block_first (csrc/core/schedule.h), turn_group (csrc/core/turn_order.h), and refused, a
-        list of {"kernel", "reason"}.
+        last_block_first (csrc/core/schedule.h), groups_turn and rounds_turn
+        (csrc/sm90/schedule.cuh), turn_group (csrc/core/turn_order.h), and refused, a list of
+        {"kernel", "reason"}.
 
     Raises:
         RuntimeError: the package was installed without its CUDA extension.

@@ -40,7 +40,10 @@ struct ForwardParams {
   float* lse = nullptr;  // (batch, heads_q, seqlen_q), contiguous
   float softmax_scale = 1.f;
   int heads_per_group = 1;  // see core/schedule.h: heads whose K/V share the L2 cache
-  int tail_heads = 1;       // of a persistent grid: the last group's, see sm90/schedule.cuh
+  // Of a persistent grid, see sm90/schedule.cuh: the heads of the last group, whether each other
+  // one of the groups before it and each other round goes backwards.
+  int tail_heads = 1;
+  bool groups_turn = false, rounds_turn = true;
 };
 
 struct BackwardParams {

@@ -40,6 +40,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   params.softmax_scale = scaled.scale;
   params.heads_per_group = plan.heads_per_group;
   params.tail_heads = plan.tail_heads;
+  params.groups_turn = plan.groups_turn;
+  params.rounds_turn = plan.rounds_turn;
   plan.row->forward(params, plan.launch, c10::cuda::getCurrentCUDAStream().stream());
   return {std::move(out), std::move(lse)};
 }

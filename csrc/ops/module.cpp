@@ -112,6 +112,8 @@ py::dict plan_to_dict(const Problem& problem, const DeviceLimits& device) {
   result["dq_slots"] = plan.dq_slots;
   result["dq_lag"] = plan.dq_lag;
   result["tail_heads"] = plan.tail_heads;
+  result["groups_turn"] = plan.groups_turn;
+  result["rounds_turn"] = plan.rounds_turn;
   result["heads_together"] = plan.heads_together;
   result["last_block_first"] = plan.last_block_first;
   result["turn_group"] = plan.turn_group;

@@ -17,12 +17,13 @@ constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 constexpr int64_t kMaxLengthSum = kMaxInt - 1024;
 constexpr int64_t kWorkspaceAlignment = 256;
 constexpr int64_t kBytesPerElement = 2;  // fp16 and bf16
-// See heads_of_group, plan_persistent_groups and heads_of_even_group.
+// See heads_of_group, plan_persistent_groups and even_groups.
 constexpr int64_t kHeadsOfGroup = 16;
 constexpr int64_t kMostTilesOfHead = 16;
 constexpr int64_t kManyRounds = 7;
 constexpr int kTallestHeadByHead = 128;
 constexpr int kTeamsLookedAt = 5;
+constexpr int64_t kRoundsLookedAt = 64;
 constexpr double kNearlyEven = 1.01;
 // See clusters_fit.
 constexpr int kMaskedLengthOfCluster = 8192;
@@ -220,15 +221,22 @@ int heads_of_group(const AttentionShape& shape, const Window& window, const Devi
                                             ceil_div(kHeadsOfGroup, group) * group));
 }
 
-// Of a persistent grid with groups of `heads` query heads (sm90/schedule.cuh): the steps of its
-// busiest team, by some of the teams. A tile takes one for each of its key blocks, and about one to
-// begin and to end.
+// Groups of a persistent grid that turn (sm90/schedule.cuh).
+struct Groups {
+  int64_t heads;  // query heads of each
+  bool rounds_turn;
+};
+
+// The steps of the busiest team, by some of the teams and, where there are many heads, by those of
+// the last rounds. A tile takes one for each of its key blocks, and about one to begin and to end.
 int64_t steps_of_busiest_team(const KernelRow& row, const Problem& problem, int64_t teams,
-                              int64_t heads) {
+                              const Groups& groups) {
+  const int64_t heads = groups.heads;
   const AttentionShape& shape = problem.shape;
   const VisibleKeys visible(shape, problem.window);
   const int64_t blocks = query_tiles(row, shape);
-  const int64_t query_heads = int64_t{shape.batch} * shape.heads_q;
+  const int64_t query_heads =
+      std::min(int64_t{shape.batch} * shape.heads_q, ceil_div(kRoundsLookedAt * teams, blocks));
   const int64_t tail = (query_heads - 1) % heads + 1, tail_begin = (query_heads - tail) * blocks;
   const auto steps = [&](int64_t index) {
     int64_t rank = (index - tail_begin) / tail;
@@ -246,7 +254,8 @@ int64_t steps_of_busiest_team(const KernelRow& row, const Problem& problem, int6
     const int64_t team = (teams - 1) * i / (kTeamsLookedAt - 1);
     int64_t sum = 0;
     for (int64_t round = 0, first = 0; first < query_heads * blocks; ++round, first += teams) {
-      const int64_t index = first + (round % 2 == 0 ? team : teams - 1 - team);
+      const int64_t index =
+          first + (groups.rounds_turn && round % 2 == 1 ? teams - 1 - team : team);
       if (index < query_heads * blocks) sum += steps(index);
     }
     most = std::max(most, sum);
@@ -254,12 +263,12 @@ int64_t steps_of_busiest_team(const KernelRow& row, const Problem& problem, int6
   return most;
 }
 
-// Heads that go side by side in such a grid: what they read of K and V should stay in L2, for
-// reading it from memory again takes power, and teams should have about the same steps. Groups of
-// an even number of rounds are even as a rule, of an odd number as a rule not. The smallest of some
+// What the heads of a group read of K and V should stay in L2, for reading it from memory again
+// takes power, and teams should have about the same steps. As a rule they do in groups of one round
+// whose rounds do not turn, and of an even number of rounds that do. The smallest of some groups
 // that come out about as even as the best; at most what L2 holds, or about 16 heads.
-int64_t heads_of_even_group(const KernelRow& row, const Problem& problem, int64_t teams,
-                            const DeviceLimits& device) {
+Groups even_groups(const KernelRow& row, const Problem& problem, int64_t teams,
+                   const DeviceLimits& device) {
   const AttentionShape& shape = problem.shape;
   const int64_t query_heads = int64_t{shape.batch} * shape.heads_q;
   const int64_t kv_group = shape.heads_q / shape.heads_k;
@@ -269,23 +278,24 @@ int64_t heads_of_even_group(const KernelRow& row, const Problem& problem, int64_
   most = ceil_div(query_heads, ceil_div(query_heads, most));
   most = std::min(whole_kv_groups(most), query_heads);
 
-  std::vector<int64_t> sizes, steps;
-  const auto consider = [&](int64_t heads) {
-    sizes.push_back(heads);
-    steps.push_back(steps_of_busiest_team(row, problem, teams, heads));
+  std::vector<Groups> choices;
+  std::vector<int64_t> steps;
+  const auto consider = [&](const Groups& groups) {
+    choices.push_back(groups);
+    steps.push_back(steps_of_busiest_team(row, problem, teams, groups));
   };
   const int64_t tiles_of_kv_head = query_tiles(row, shape) * kv_group;
-  for (int64_t rounds : {2, 4, 6, 8}) {
+  for (int64_t rounds : {1, 2, 4, 6, 8}) {
     const int64_t kv_heads = (rounds * teams + tiles_of_kv_head / 2) / tiles_of_kv_head;
     const int64_t heads = kv_heads * kv_group;
     if (heads >= most) break;
-    if (heads > 1 && (sizes.empty() || heads > sizes.back())) consider(heads);
+    if (heads > 0) consider({heads, rounds > 1});
   }
-  consider(most);
+  consider({most, true});
   const int64_t least = *std::min_element(steps.begin(), steps.end());
   size_t i = 0;
   while (steps[i] > kNearlyEven * least) ++i;
-  return sizes[i];
+  return choices[i];
 }
 
 // The same for a persistent grid, whose tiles are shared out beforehand: the heads of a group, and
@@ -299,10 +309,10 @@ int64_t heads_of_even_group(const KernelRow& row, const Problem& problem, int64_
 void plan_persistent_groups(Plan& plan, const Problem& problem, const DeviceLimits& device) {
   const KernelRow& row = *plan.row;
   const AttentionShape& shape = problem.shape;
+  const int64_t query_heads = int64_t{shape.batch} * shape.heads_q;
+  const int64_t tiles = query_tiles(row, shape);
   plan.tail_heads = 1;
-  if (!is_masked(problem.window)) return;
-  const int64_t query_heads = std::max<int64_t>(int64_t{shape.batch} * shape.heads_q, 1);
-  const int64_t tiles = std::max<int64_t>(query_tiles(row, shape), 1);
+  if (!is_masked(problem.window) || tiles * query_heads == 0) return;
   const int64_t teams = clusters_at_a_time(row, device) * row.teams;
   const int64_t rounds = tiles * query_heads / teams;
   if (rounds < kManyRounds) {
@@ -314,9 +324,11 @@ void plan_persistent_groups(Plan& plan, const Problem& problem, const DeviceLimi
     if (0 < tail && tail * tiles < teams) tail += heads_that_repeat;
     plan.tail_heads = static_cast<int>(std::clamp<int64_t>(tail, 1, query_heads));
   } else {
-    const int64_t heads = heads_of_even_group(row, problem, teams, device);
-    plan.heads_per_group = static_cast<int>(heads);
-    plan.tail_heads = static_cast<int>((query_heads - 1) % heads + 1);
+    const Groups groups = even_groups(row, problem, teams, device);
+    plan.heads_per_group = static_cast<int>(groups.heads);
+    plan.tail_heads = static_cast<int>((query_heads - 1) % groups.heads + 1);
+    plan.groups_turn = true;
+    plan.rounds_turn = groups.rounds_turn;
   }
 }
 
@@ -353,7 +365,7 @@ int64_t heads_in_turn(const KernelRow& row, const Problem& problem, int64_t key_
   if (!(close || large) || key_blocks < kRoundsInTurn * at_a_time) return 0;
   const int64_t steps =
       shape.heads_q / shape.heads_k * query_tiles(row, shape) + kStepsToStartAndEnd;
-  return std::max<int64_t>(5 * at_a_time / (4 * steps), 1);
+  return ceil_div(6 * at_a_time, 5 * steps);
 }
 
 // A thread block works on some keys of a KV head, for all query heads of its group. Where thread

@@ -52,7 +52,8 @@ struct Plan {
   int head_parts = 1;       // backward: dK and dV for each of K and V, which are then summed
   int dq_slots = 1;         // backward: see sm90/dq_accumulator.cuh
   int dq_lag = 0;
-  int tail_heads = 0;  // see core/schedule.h
+  int tail_heads = 0;                            // see core/schedule.h
+  bool groups_turn = false, rounds_turn = true;  // persistent forward: see sm90/schedule.cuh
   int heads_together = 1;
   bool last_block_first = false;
   int turn_group = 1;  // deterministic backward: see core/turn_order.h

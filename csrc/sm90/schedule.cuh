@@ -39,13 +39,14 @@ struct ScheduleDivisors {
 };
 
 // A static schedule, the same for producer and consumers without a word between them. Rounds of a
-// tile for each team of the grid, every other round backwards, so that the tiles of two rounds add
-// up to about the same length for every team.
+// tile for each team of the grid, if rounds_turn every other round backwards, so that the tiles of
+// two rounds add up to about the same length for every team.
 //
 // Tiles lie in groups of heads, in each the longest tiles first, as in core/schedule.h, but the
-// last group, the tail, has a size of its own. Groups of more than one head alternate: longest tile
-// first in the tail, backwards in the group before, so that lengths change slowly from round to
-// round, also from group to group, and the last tiles are short.
+// last group, the tail, has a size of its own. If groups_turn they alternate: longest tile first in
+// the tail, backwards in the group before, so that lengths change slowly from round to round, also
+// from group to group, and the last tiles are short. Where a group is a round, that alone makes
+// lengths add up.
 template <int kTileM, int kTileN, int kWarpRows, int kTeams, int kMinBlocks, int kCluster>
 struct ForwardSchedule {
   const ForwardParams& params;
@@ -88,11 +89,12 @@ struct ForwardSchedule {
   __device__ __forceinline__ bool next(ForwardTile& tile) {
     const unsigned rank = kTeams * (blockIdx.x / kCluster) + team;
     const unsigned ranks = kTeams * (gridDim.x / kCluster);
-    unsigned index = round * ranks + (round % 2 == 0 ? rank : ranks - 1 - rank);
+    unsigned index =
+        round * ranks + (params.rounds_turn && round % 2 == 1 ? ranks - 1 - rank : rank);
     ++round;
     if (index >= tiles) return false;
 
-    if (params.heads_per_group > 1 && int(index) < divisors.tail_begin) {
+    if (params.groups_turn && int(index) < divisors.tail_begin) {
       const unsigned group = divisors.tiles_per_group.div(int(index));
       if ((divisors.groups - group) % 2 == 1) {
         index = (2 * group + 1) * divisors.tiles_per_group.divisor - 1 - index;
