@@ -47,6 +47,7 @@ struct ForwardConsumer {
   uint32_t q_parity = 0;
   bool k_there = false, v_there = false;  // known of the next block of K, of the last one of V
   bool out_pending = false;               // a stage of V's ring is to be given back
+  bool any_sign;                          // see RowSoftmax::any_sign
   AccO acc_out;
   P probabilities;
   RowSoftmax<kRows> softmax;
@@ -83,8 +84,8 @@ struct ForwardConsumer {
   // are issued together, and the softmax of S runs while P V is computed. kFirst: no block comes
   // before it, and in a chain acc_s holds S already. `last`: no step of this tile comes after it.
   template <bool kFirst>
-  __device__ __forceinline__ void step(AccS& acc_s, int row_begin, int block, BlockRange& plain,
-                                       bool last) {
+  __device__ __forceinline__ void step(AccS& acc_s, int row_begin, int block,
+                                       const BlockRange& whole, bool last) {
     const Ring<Traits::kStages> before{ring.use - 1};
     constexpr bool kHasScores = kFirst && Traits::kChain;
     if constexpr (!kHasScores) {
@@ -110,19 +111,26 @@ struct ForwardConsumer {
     const auto max_of_bits = [](const auto& scores, int i) { return row_max_of_bits(scores, i); };
     // The branch comes before the wait, for nothing hides what comes after it. All warps of the
     // group take the same, as they have to wait at one instruction.
-    if (block >= plain.end || block < plain.begin) {
+    if (block >= whole.end || block < whole.begin) {
       finish_gemm<kFirst ? 0 : 1>(acc_s);
       const int row = recompute(row_begin + thread_row()), key = block * kTileN + thread % 4 * 2;
       hide_columns(acc_s, [&](int j) {
         return BlockRange{visible.first(row + 8 * j) - key, visible.end(row + 8 * j) - key};
       });
-      if constexpr (Traits::kMaxOfBits) {
-        take_maxima(max_of_floats);
-        if (agree_on_signs<kFirst>()) plain = whole_blocks(row_begin);
-      }
+      if constexpr (Traits::kMaxOfBits) take_maxima(max_of_floats);
     } else {
       finish_gemm<kFirst ? 0 : 1>(acc_s);
-      if constexpr (Traits::kMaxOfBits) take_maxima(max_of_bits);
+      if constexpr (Traits::kMaxOfBits) {
+        if constexpr (kFirst) {
+          take_maxima(max_of_floats);
+        } else {
+          take_maxima(max_of_bits);
+          if (any_sign) {  // behind the wait, as warps of a group may differ here
+            CUTE_UNROLL
+            for (int i = 0; i < kRows; ++i) softmax.raise_max(i, max_of_floats(scores, i));
+          }
+        }
+      }
     }
     if constexpr (!Traits::kMaxOfBits) take_maxima(max_of_floats);
     if constexpr (!kHasScores) leave_scores(last);
@@ -137,6 +145,7 @@ struct ForwardConsumer {
     }
     if constexpr (!Traits::kVote) row_sum[0] = softmax.exponentiate(0, scores, scale_log2);
     if constexpr (Traits::kAskLate) look_ahead();
+    if constexpr (Traits::kMaxOfBits) any_sign = softmax.any_sign();
     row_sum[1] = softmax.exponentiate(1, scores, scale_log2);
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) softmax.add(i, row_sum[i]);
@@ -158,26 +167,6 @@ struct ForwardConsumer {
     if constexpr (Traits::kLeaveQEarly) {
       if (last) release(smem.barriers.q_empty[group]);
     }
-  }
-
-  // Blocks of which each row of the group sees every key.
-  __device__ __forceinline__ BlockRange whole_blocks(int row_begin) const {
-    return visible.whole_key_blocks(row_begin, kGroupRows, kTileN);
-  }
-
-  // True when no maximum of the group's rows had a sign before this block, see RowSoftmax; then
-  // none will, as they only grow. What each warp says of a block, a byte, all read in the next
-  // step, after the group's turn has come.
-  template <bool kFirst>
-  __device__ __forceinline__ bool agree_on_signs() const {
-    const auto signs = [&](uint32_t use) {
-      return &smem.signs[Ring<Traits::kStages>{use}.stage()][group];
-    };
-    const bool sign = softmax.any_sign();
-    if (thread % 32 == 0) {
-      reinterpret_cast<volatile uint8_t*>(signs(ring.use))[thread / 32] = sign;
-    }
-    return !kFirst && !__any_sync(0xffffffffu, *signs(ring.use - 1) != 0);
   }
 
   // Asks for what the next step starts with, while there is time to wait for the answer.
@@ -234,17 +223,16 @@ struct ForwardConsumer {
 
   // F2 to F6 for the key blocks that this group sees, last block first; acc_s: in a chain, S of it.
   __device__ __forceinline__ void attend(AccS& acc_s, int row_begin, const BlockRange& blocks) {
-    BlockRange plain{0, 0};  // blocks for the short way through a step: no mask, no sign
-    if constexpr (!Traits::kMaxOfBits) plain = whole_blocks(row_begin);
+    const BlockRange whole = visible.whole_key_blocks(row_begin, kGroupRows, kTileN);
     int block = blocks.end - 1;
     bool last = block == blocks.begin;
-    step<true>(acc_s, row_begin, block, plain, last);
+    step<true>(acc_s, row_begin, block, whole, last);
     CUTE_NO_UNROLL
     while (!last) {
       --block;
       last = block == blocks.begin;
       AccS scores;
-      step<false>(scores, row_begin, block, plain, last);
+      step<false>(scores, row_begin, block, whole, last);
     }
     if constexpr (!Traits::kLeaveQEarly) release(smem.barriers.q_empty[group]);
     const Ring<Traits::kStages> before{ring.use - 1};

@@ -62,10 +62,9 @@ struct ForwardTraits {
   // products, and all exponentials come after it.
   static constexpr bool kTwoConsumers = kConsumers == 2;
   static constexpr bool kVote = kTwoConsumers && kHeadDimV > 192;
-  // Whether maxima are taken as integers where that will do, see RowSoftmax; for that the warps of
-  // a group have to meet in every step, as they do where groups take turns. Found by trying: the
-  // two ways hold a copy each of what comes before a vote, too much for few columns.
-  static constexpr bool kMaxOfBits = kTeams == 1 && (!kVote || kTileN > 64);
+  // Whether maxima are taken as integers where that will do, see RowSoftmax: not where exponentials
+  // come before the last of them.
+  static constexpr bool kMaxOfBits = !kVote;
   // Whether the next blocks are asked for before the last exponentials of a step, or already before
   // the output is rescaled.
   static constexpr bool kAskLate = kTwoConsumers && !kVote;
@@ -144,7 +143,6 @@ struct ForwardTraits {
     alignas(1024) Element k[kStages][kKElements];
     alignas(1024) Element v[kStages][kVElements];
     alignas(1024) Element out[kOwnOutBuffer ? kGroups : 1][kOwnOutBuffer ? kOutElements : 1];
-    volatile uint32_t signs[kStages][kGroups];  // see ForwardConsumer::agree_on_signs
     Barriers barriers;
 
     __device__ __forceinline__ Element* out_tile(int group, int stage) {

@@ -28,8 +28,8 @@ struct RowSoftmax : OnlineSoftmax<kRows> {
   using OnlineSoftmax<kRows>::max;
   using OnlineSoftmax<kRows>::sum;
 
-  // Whether a maximum of the warp's rows has a sign: then row_max_of_bits will not do for the next
-  // scores. Below one without a sign it does not matter which of the others it gives.
+  // Whether a maximum of the warp's rows has a sign: then row_max_of_bits may not give the largest
+  // of the next scores. Below a maximum without a sign it does not matter which of them it gives.
   __device__ __forceinline__ bool any_sign() const {
     int bits = 0;
     CUTE_UNROLL
@@ -42,6 +42,11 @@ struct RowSoftmax : OnlineSoftmax<kRows> {
     before[i] = max[i];
     max[i] = fmaxf(quad_max(of_thread), before[i]);
     return max[i] > before[i];
+  }
+
+  // The same again, where what was taken was not the largest.
+  __device__ __forceinline__ void raise_max(int i, float of_thread) {
+    max[i] = fmaxf(quad_max(of_thread), max[i]);
   }
 
   // When one grew, after all of update_max and before add: what the rows of the output have to be
