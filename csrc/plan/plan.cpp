@@ -298,14 +298,14 @@ Groups even_groups(const KernelRow& row, const Problem& problem, int64_t teams,
   return choices[i];
 }
 
-// The same for a persistent grid, whose tiles are shared out beforehand: the heads of a group, and
-// those of the last one. Tiles of different lengths come out even head by head only where there are
-// many of them and few a head, in rounds of the teams that repeat: what is left after these, and no
-// less than a round, goes side by side at the end, where the short tiles make up for each other.
-// Between two bounds of a window most tiles of a head have one length, so that there may be many of
-// them, too. And it is worth it only where the products are most of the work: not in the tall tiles
-// of small head dims. Else heads go in groups, the longest tile of each first, all together where
-// there are few tiles. docs/performance.md has the shares of idle time.
+// For a persistent grid, whose tiles are shared out beforehand: the heads of a group, and those of
+// the last one. Tiles of different lengths come out even head by head only where there are many of
+// them and few a head, in rounds of the teams that repeat: what is left after these, and no less
+// than a round, goes side by side at the end, where the short tiles make up for each other. Between
+// two bounds of a window most tiles of a head have one length, so that there may be many of them,
+// too. And it is worth it only where the products are most of the work: not in the tall tiles of
+// small head dims. Else heads go in groups (even_groups), all together where there are few tiles.
+// docs/performance.md has the shares of idle time.
 void plan_persistent_groups(Plan& plan, const Problem& problem, const DeviceLimits& device) {
   const KernelRow& row = *plan.row;
   const AttentionShape& shape = problem.shape;
