@@ -119,6 +119,13 @@ def test_a_persistent_grid_takes_heads_of_many_tiles_in_groups_under_a_mask():
     assert persistent_group(128, window_right=0, **sizes) == 4
 
 
+def test_a_persistent_grid_takes_about_16_heads_where_smaller_groups_are_less_even():
+    sizes = {"seqlen_q": 8192, "seqlen_k": 8192, "heads_q": 20, "heads_k": 20}
+    assert (
+        persistent_group(64, window_right=0, **sizes) == 14
+    )  # of 40, in groups of nearly one size
+
+
 def test_a_persistent_grid_of_tall_tiles_takes_heads_together_under_a_mask():
     sizes = {"seqlen_q": 2048, "seqlen_k": 2048, "heads_q": 64, "heads_k": 16}
     assert persistent_group(64, **sizes) == 1
