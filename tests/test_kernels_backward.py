@@ -193,13 +193,25 @@ def test_more_heads_than_dq_has_slots_under_a_window(head_dims, deterministic):
     check(case, torch.bfloat16, deterministic=deterministic)
 
 
-def test_more_heads_than_dq_has_slots_without_queries():
-    q, k, v = (torch.randn(300, n, 4, 64, device="cuda", dtype=torch.float16) for n in (0, 70, 70))
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_heads_than_dq_has_slots_without_queries(head_dim):
+    shapes = ((300, rows, 4, head_dim) for rows in (0, 70, 70))
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.float16) for shape in shapes)
     k.requires_grad_(), v.requires_grad_()
     out = flash_attn2.flash_attn_func(q, k, v)
     grads = torch.autograd.grad(out.sum(), (k, v))
     torch.cuda.synchronize()
     assert all(torch.count_nonzero(x) == 0 for x in grads)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
+@pytest.mark.parametrize("head_dims", YARDSTICK_HEAD_DIMS, ids=str)
+def test_key_blocks_that_no_query_sees_among_others(head_dims, deterministic):
+    """Thread blocks that take one key block after the other have some of both kinds."""
+    d, dv = head_dims
+    case = Case(70, 900, 4, 4, head_dim=d, head_dim_v=dv, batch=60, mask="window")
+    assert case.window[0] < 900 - 70 - 2 * 128
+    check(case, torch.bfloat16, deterministic=deterministic)
 
 
 def test_many_heads_and_batches():

@@ -65,7 +65,8 @@ struct BackwardParams {
   int* dq_converted = nullptr;
   int* dq_turn = nullptr;  // (batch, heads_q, seqlen_q_rounded / tile_m, dq_parts); null: unordered
                            // adds
-  int* ticket = nullptr;   // sm80: one counter that hands out column blocks when dq_turn is used
+  int* ticket = nullptr;   // counts column blocks that were handed out: sm80, when dq_turn is
+                           // used; sm90, of a persistent grid
   void* dk_parts = nullptr;  // (batch, seqlen_k, heads_k, head_dim), dtype of dk; null: no parts
   void* dv_parts = nullptr;  // (batch, seqlen_k, heads_k, head_dim_v), likewise
 

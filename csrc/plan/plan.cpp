@@ -291,10 +291,8 @@ Workspace lay_out(const KernelRow& row, const Problem& problem, const Plan& plan
     workspace.dq_added = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
     workspace.dq_converted = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
   }
-  if (problem.deterministic) {
-    workspace.dq_turn = take(row_blocks * row.cluster * sizeof(int));
-    workspace.ticket = take(sizeof(int));
-  }
+  if (problem.deterministic) workspace.dq_turn = take(row_blocks * row.cluster * sizeof(int));
+  if (problem.deterministic || row.persistent) workspace.ticket = take(sizeof(int));
   if (plan.head_parts > 1) {
     const int64_t rows_of_parts = int64_t{shape.batch} * shape.seqlen_k * shape.heads_k;
     workspace.dk_parts = take(kBytesPerElement * rows_of_parts * shape.head_dim);
@@ -384,9 +382,9 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
   const int64_t row_blocks =
       count_blocks("seqlen_q", shape.seqlen_q, row.tile_m, int64_t{shape.batch} * shape.heads_q,
                    rows_of_tile(row) / row.tile_m);
+  const int64_t resident = clusters_at_a_time(row, device) * row.cluster;
   plan.launch.smem_bytes = row.smem_bytes;
   if (problem.direction == Direction::kForward) {
-    const int64_t resident = clusters_at_a_time(row, device) * row.cluster;
     plan.launch.grid =
         row.persistent ? std::min(ceil_div(row_blocks, int64_t{row.teams}), resident) : row_blocks;
     plan_forward_order(plan, problem, device);
@@ -394,8 +392,9 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
     plan.head_parts = head_parts(row, problem, device);
     Problem in_parts = problem;
     in_parts.shape.heads_k *= plan.head_parts;
-    plan.launch.grid = count_blocks("seqlen_k", shape.seqlen_k, row.tile_n,
-                                    int64_t{shape.batch} * in_parts.shape.heads_k, row.cluster);
+    const int64_t blocks = count_blocks("seqlen_k", shape.seqlen_k, row.tile_n,
+                                        int64_t{shape.batch} * in_parts.shape.heads_k, row.cluster);
+    plan.launch.grid = row.persistent ? std::min(blocks, resident) : blocks;
     plan_heads(plan, in_parts, device);
     plan.workspace = lay_out(row, in_parts, plan);
     if (problem.deterministic) plan.turn_group = turn_group(row, shape, device);

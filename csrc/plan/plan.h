@@ -38,7 +38,7 @@ struct Workspace {
   int64_t dq_added = kAbsent;  // this and the next only for rows with dq_ring
   int64_t dq_converted = kAbsent;
   int64_t dq_turn = kAbsent;   // only when deterministic
-  int64_t ticket = kAbsent;    // only when deterministic
+  int64_t ticket = kAbsent;    // only when deterministic or of a persistent grid
   int64_t dk_parts = kAbsent;  // this and the next only where there are head_parts
   int64_t dv_parts = kAbsent;
   int64_t total = 0;  // bytes of the allocation

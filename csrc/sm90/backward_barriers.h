@@ -14,13 +14,19 @@
 //   peer_ds_full     1 (sender) + bytes     the other's dS is there              consumers
 //   ds_empty         8 (consumer warps)     both dS of the step are used         consumers
 //   dq_full          1 (converter) + bytes  a part of an earlier head's dQ came  converters
-//   done             8 (consumer warps)     nobody reads K and V any more        all
+//   done[i]          1 (consumer 0)         nobody reads K, V and dS of work i    all but consumers
+//   work_full[i]     1 (producer)           work i is there                      all
+//   work_empty[i]    see below              work i is done                       producer
+//   gradients_left   2 (consumers)          dK and dV have left dS's place       consumers
 //   turn_come        1 (turn taker)         the next dQ may be added             consumers
 //   turn_used        8 (consumer warps)     it is added                          turn passer
 //   turn_seen        1 (turn passer)        ... and the passer has seen it       turn taker
 //
 // Thread blocks of a cluster (kColumns) load Q and dO for each other and exchange dS: there the
 // consumer warps of both arrive at q_empty, dout_empty and ds_empty.
+//
+// work_* and gradients_left: where thread blocks stay (BackwardTraits::kPersistent). At work_empty
+// arrive the first thread of each consumer and of the converters, and who keeps turns.
 //
 // turn_* are for deterministic mode. Without ds_empty buffers of P and dS need no barrier for their
 // release, see kScoreBuffers.
@@ -29,7 +35,7 @@
 //
 //   consumer(w)      128: consumer w alone
 //   converters       96; deterministic mode: 32. Those warps of the producer's warpgroup alone
-//   consumers        256: both
+//   consumers        256: both, when they are done with a work's K, V and dS
 //   turn(w)          256: ConsumerSplit::kKeys; consumer w waits, the other one arrives
 #pragma once
 
@@ -39,16 +45,17 @@ namespace flash_attn2::sm90 {
 
 inline constexpr int kConsumers = 2;
 
-template <int kStages, int kDoutStages, int kScoreBuffers, int kCluster>
+template <int kStages, int kDoutStages, int kScoreBuffers, int kWorks, int kCluster>
 struct BackwardBarriers {
   LoadBarrier k_full, v_full, q_full[kStages], dout_full[kDoutStages], dq_full;
   LoadBarrier peer_k_full, peer_ds_full;
   Barrier q_empty[kStages], dout_empty[kDoutStages];
   Barrier ds_full[kScoreBuffers], ds_empty;
-  Barrier done, turn_come, turn_used, turn_seen;
+  Barrier turn_come, turn_used, turn_seen;
+  Barrier work_full[kWorks], work_empty[kWorks], done[kWorks], gradients_left;
 
   // By one thread, before any use; __syncthreads afterwards.
-  __device__ void init() {
+  __device__ void init(bool ordered) {
     constexpr int kConsumerWarps = kConsumers * kWarpsPerGroup;
     k_full.init(1);
     v_full.init(1);
@@ -65,10 +72,15 @@ struct BackwardBarriers {
     }
     for (int i = 0; i < kScoreBuffers; ++i) ds_full[i].init(kConsumerWarps);
     ds_empty.init(kConsumerWarps * kCluster);
-    done.init(kConsumerWarps);
     turn_come.init(1);
     turn_used.init(kConsumerWarps);
     turn_seen.init(1);
+    for (int i = 0; i < kWorks; ++i) {
+      work_full[i].init(1);
+      done[i].init(1);
+      work_empty[i].init(kConsumers + (ordered ? 3 : 1));
+    }
+    gradients_left.init(kConsumers);
     cutlass::arch::fence_barrier_init();
   }
 };
@@ -101,10 +113,16 @@ __device__ __forceinline__ void arrive_at_all(Barrier& barrier, int thread, int 
 // The query tile of a step, for the consumers.
 struct alignas(8) QueryTile {
   int rows;  // its first row, a multiple of 64, and in bit c whether consumer c has to mask it
-  int sums;  // its place in dQ's accumulator
+  int sums;  // its place in dQ's accumulator; kKeys: and whether it is the work's last
 
   __device__ __forceinline__ int row_begin() const { return rows & ~63; }
   __device__ __forceinline__ bool masked(int consumer) const { return rows >> consumer & 1; }
+  // Of `sums`.
+  __device__ __forceinline__ static int pack(int place, bool last) {
+    return place | int(unsigned(last) << 31);
+  }
+  __device__ __forceinline__ static bool is_last(int sums) { return sums < 0; }
+  __device__ __forceinline__ static int place(int sums) { return sums & 0x7fffffff; }
 };
 
 // These words are overwritten by who waits for the barrier: so the lane that arrives reads them, as

@@ -50,7 +50,7 @@ struct GradientShare {
 template <class Traits>
 struct ColumnsConsumer : BackwardConsumer<Traits> {
   using Base = BackwardConsumer<Traits>;
-  using Base::arguments, Base::smem, Base::work, Base::consumer, Base::thread;
+  using Base::arguments, Base::smem, Base::consumer, Base::thread;
   using Base::Base, Base::kTileM, Base::kTileN, Base::kHeadDim, Base::kHeadDimV, Base::kKeys;
   using typename Base::AccDq, typename Base::Element;
   static_assert(kTileM == 64 && Traits::kCluster == 2);
@@ -65,7 +65,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     return smem_tile<kTileN, kTileM>(smem.columns.p);
   }
   __device__ __forceinline__ auto tile_ds_by_keys() const {
-    return smem_tile<kTileN, kTileM>(smem.ds[0]);
+    return smem_tile<kTileN, kTileM>(smem.ds);
   }
   // The first of the thread's two rows of a (64 queries, keys) product; the other is 8 further.
   __device__ __forceinline__ int thread_row() const { return thread / 32 * 16 + thread % 32 / 4; }
@@ -95,7 +95,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     if (tile.masked(recompute(consumer))) {
       const VisibleKeys visible(arguments.params.shape, arguments.params.window);
       const int row = tile.row_begin() + thread_row(),
-                key = recompute(work.key_begin) + first_key() + thread % 4 * 2;
+                key = this->work().key_begin + first_key() + thread % 4 * 2;
       hide_columns(acc, [&](int j) {
         return BlockRange{visible.first(row + 8 * j) - key, visible.end(row + 8 * j) - key};
       });
@@ -224,6 +224,8 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
   }
 
   __device__ __forceinline__ void walk() {
+    // Through a shuffle, by which ptxas knows that all threads have the same number.
+    const int last = __shfl_sync(0xffffffffu, this->work().steps - 1, 0);
     AccS acc_p, acc_ds;
     smem.barriers.k_full.wait(0);
     const QueryTile first = start_scores(0, acc_p);
@@ -238,8 +240,8 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     make_score_gradients(0, acc_p, acc_ds);
     smem.barriers.peer_k_full.wait(0);
     CUTE_NO_UNROLL
-    for (int step = 0; step < work.steps - 1; ++step) take<false>(step, acc_p, tile, target);
-    take<true>(work.steps - 1, acc_p, tile, target);
+    for (int step = 0; step < last; ++step) take<false>(step, acc_p, tile, target);
+    take<true>(last, acc_p, tile, target);
   }
 
   // B8: (columns, keys) results, rounded, to the tile from (key, column) on.
@@ -275,7 +277,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
   __device__ __forceinline__ void run() {
     dk.clear();
     dv.clear();
-    if (work.steps > 0) walk();
+    if (this->work().steps > 0) walk();
     this->wait_for_both();
     write_gradient<kBoxColumns<kHeadDimV>>(arguments.dv, dv, this->tile_v());
     dk.scale(arguments.params.softmax_scale);

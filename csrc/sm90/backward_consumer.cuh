@@ -20,30 +20,30 @@ struct BackwardConsumer {
 
   const BackwardArguments& arguments;
   typename Traits::SharedStorage& smem;
-  const BackwardWork<Traits> work;
+  const int number;  // of the work, counted by the thread block
   const int consumer;
   // Inside the warpgroup.
   const int thread;
   const int rank;  // of the thread block in its cluster
 
   __device__ __forceinline__ BackwardConsumer(const BackwardArguments& arguments,
-                                              typename Traits::SharedStorage& smem,
-                                              const BackwardWork<Traits>& work, int consumer)
+                                              typename Traits::SharedStorage& smem, int number,
+                                              int consumer)
       : arguments(arguments),
         smem(smem),
-        work(work),
+        number(number),
         consumer(consumer),
         thread(own_thread()),
         rank(own_rank()) {}
 
+  __device__ __forceinline__ const BackwardWork<Traits>& work() const {
+    return smem.work[number % Traits::kWorks];
+  }
+
   // Through a shuffle of its own lane's, which ptxas does not repeat: it would read the special
-  // register anew in every step, where that waits behind the additions to dQ. The bounds of it let
-  // ptxas make addresses anew instead of keeping them: that pays where it has no register to keep
-  // them in.
+  // register anew in every step, where that waits behind the additions to dQ.
   __device__ __forceinline__ static int own_thread() {
-    const unsigned thread =
-        __shfl_sync(0xffffffffu, threadIdx.x % kWarpGroupThreads, threadIdx.x % 32);
-    return Traits::kTileM == 128 ? thread % kWarpGroupThreads : thread;
+    return __shfl_sync(0xffffffffu, threadIdx.x % kWarpGroupThreads, threadIdx.x % 32);
   }
 
   // Not from its special register in every step, likewise.
@@ -65,7 +65,7 @@ struct BackwardConsumer {
   }
   // (queries, keys)
   __device__ __forceinline__ auto tile_ds(int step) const {
-    Element* ds = smem.ds[Scores{uint32_t(step)}.stage()];
+    Element* ds = smem.ds + Scores{uint32_t(step)}.stage() * Traits::kScoreElements;
     if constexpr (Traits::kSplitColumns) {
       return transposed(smem_tile<kTileN, kTileM>(ds));
     } else {
@@ -133,10 +133,10 @@ struct BackwardConsumer {
     if (ordered) arrive_as_warp(smem.barriers.turn_used, thread);
   }
 
-  // Until both consumers are done with K and V.
+  // Until both consumers are done with K, V and dS. After it only the first thread reads the work.
   __device__ __forceinline__ void wait_for_both() const {
-    arrive_as_warp(smem.barriers.done, thread);
-    smem.barriers.done.wait(0);
+    sync_consumers();
+    if (consumer == 0 && thread == 0) smem.barriers.done[number % Traits::kWorks].arrive();
   }
 
   // B8: a part of dK or dV, which this consumer, or kWriters of them together, have written over K
@@ -153,7 +153,7 @@ struct BackwardConsumer {
     if (thread == 0 && (kWriters == 1 || consumer == 0)) {
       tma_store<kTileN, kColumns, kBox>(
           map, &tile(key, column),
-          {work.key_begin + key, work.coord.head, work.coord.batch, column});
+          {work().key_begin + key, work().coord.head, work().coord.batch, column});
     }
   }
   // Shared memory has to outlive the stores.

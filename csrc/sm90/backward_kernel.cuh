@@ -1,8 +1,8 @@
 // Backward pass on wgmma and TMA (FlashAttention-2, section 3, algorithm 2; parallel over key
 // blocks).
 //
-// A thread block owns kTileN keys of one KV head, for which the query blocks of every query head of
-// the group stream by. One warpgroup loads, two compute; they meet in backward_barriers.h only.
+// A tile is kTileN keys of one KV head, for which the query blocks of every query head of the group
+// stream by. One warpgroup loads, two compute; they meet in backward_barriers.h only.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -13,8 +13,8 @@
 
 namespace flash_attn2::sm90 {
 
-// A cluster waits only for ones of lower index, which the GPU starts first, or, where dQ is
-// summed in a fixed order, of its own group, for all of which there is room (core/turn_order.h).
+// A thread block waits only for tiles of lower index, which are begun first, or, where dQ is summed
+// in a fixed order, of its own group, for all of which there is room (core/turn_order.h).
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardArguments arguments) {
@@ -23,38 +23,34 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const BackwardParams& params = arguments.params;
   const bool ordered = params.dq_turn != nullptr;
   let_next_kernel_start();
-  if (threadIdx.x == 0) smem.barriers.init();
+  if (threadIdx.x == 0) {
+    smem.barriers.init(ordered);
+    if constexpr (!Traits::kPersistent) {
+      smem.work[0] = BackwardWork<Traits>(params, blockIdx.x / Traits::kCluster);
+    }
+  }
   __syncthreads();
   arrive_at_cluster<Traits::kCluster>();  // the loading thread waits later
-  const unsigned index = blockIdx.x / Traits::kCluster;
   const int group = cutlass::canonical_warp_group_idx();
-  // The work is made after setmaxnreg, so that it takes registers of the new share.
-  if (group == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-    if (threadIdx.x > 0) wait_for_cluster<Traits::kCluster>();
-    if (threadIdx.x == 0) {
-      BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.run();
-    } else if (ordered && threadIdx.x == 32) {
-      BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.take_turns();
-    } else if (ordered && threadIdx.x == 64) {
-      BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.pass_turns();
-    } else if constexpr (Traits::kDqRing) {
-      if (threadIdx.x >= DqConverter<Traits>::first_thread(params)) {
-        DqConverter<Traits>(arguments, smem, index).run();
-      }
-    } else if constexpr (Traits::kCluster > 1) {
-      if (threadIdx.x == 96) {
-        BackwardProducer<Traits>{arguments, smem, BackwardWork<Traits>(params, index)}.send_ds();
-      }
-    }
-  } else {
+  if (group > 0) {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     wait_for_cluster<Traits::kCluster>();
-    const BackwardWork<Traits> work(params, index);
     if constexpr (Traits::kSplit == ConsumerSplit::kKeys) {
-      KeysConsumer<Traits>(arguments, smem, work, group - 1).run();
+      run_keys_consumer<Traits>(arguments, smem, group - 1);
     } else {
-      ColumnsConsumer<Traits>(arguments, smem, work, group - 1).run();
+      ColumnsConsumer<Traits>(arguments, smem, 0, group - 1).run();
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (threadIdx.x > 0) wait_for_cluster<Traits::kCluster>();
+    if (threadIdx.x < 32) {
+      if (threadIdx.x == 0) run_producer<Traits>(arguments, smem);
+    } else if (threadIdx.x < 96 && ordered) {
+      if (threadIdx.x % 32 == 0) keep_turns<Traits>(arguments, smem, threadIdx.x == 32);
+    } else if constexpr (Traits::kDqRing) {
+      run_converter<Traits>(arguments, smem);
+    } else if constexpr (Traits::kCluster > 1) {
+      if (threadIdx.x == 96) send_ds<Traits>(smem);
     }
   }
   sync_cluster<Traits::kCluster>();  // shared memory has to outlive what the other sends

@@ -10,7 +10,7 @@ namespace flash_attn2::sm90 {
 template <class Traits>
 struct KeysConsumer : RegisterConsumer<Traits> {
   using Base = RegisterConsumer<Traits>;
-  using Base::Base, Base::smem, Base::work, Base::consumer;
+  using Base::Base, Base::smem, Base::number, Base::consumer;
   using typename Base::AccDq, typename Base::AccS, typename Base::Element;
 
   // A thread's values of dS, and how many of them are made before dQ and dV are started; the rest
@@ -24,8 +24,9 @@ struct KeysConsumer : RegisterConsumer<Traits> {
   typename Base::AccDk acc_dk;
   typename Base::AccDv acc_dv;
 
-  // B2 to B7 for one query tile; returns its index. dQ is that of the step before, of the tile
-  // `last_tile` (none before the first step): by now the other consumer has stored its dS.
+  // B2 to B7 for one query tile; returns its QueryTile::sums. Steps are counted over all work. dQ
+  // is that of the step before, of the tile `last_tile` (none before the first step of the work):
+  // by now the other consumer has stored its dS.
   template <bool kFirst>
   __device__ __forceinline__ int take(int step, int last_tile) {
     AccS acc_p, acc_ds;
@@ -56,6 +57,7 @@ struct KeysConsumer : RegisterConsumer<Traits> {
     }
     this->template make_score_gradients<kEarlyGradients, kValues>(step, probabilities, acc_ds);
     auto ds = to_operand_a<Element, typename Base::MmaDk>(acc_ds);
+    if constexpr (kFirst) this->wait_for_gradients();
     this->store_score_gradients(ds, step);
     this->start_dk(ds, step, acc_dk);
     if constexpr (!kFirst) {
@@ -68,29 +70,48 @@ struct KeysConsumer : RegisterConsumer<Traits> {
     return tile.sums;
   }
 
-  __device__ __forceinline__ void walk() {
-    smem.barriers.k_full.wait(0);
-    smem.barriers.v_full.wait(0);
-    ConsumerTurns::start(consumer);
-    int tile = take<true>(0, 0);
+  // All steps, from number `step` on; counts them.
+  __device__ __forceinline__ void walk(int& step) {
+    int tile = take<true>(step, 0);
     CUTE_NO_UNROLL
-    for (int step = 1; step < work.steps; ++step) tile = take<false>(step, tile);
+    while (!QueryTile::is_last(tile)) tile = take<false>(++step, tile);
     AccDq acc_dq;
-    this->wait_for_ds(work.steps - 1);
-    this->start_dq(work.steps - 1, acc_dq);
+    this->wait_for_ds(step);
+    this->start_dq(step, acc_dq);
     finish_gemm<0>(acc_dq);
-    this->add_dq(work.steps - 1, this->dq_target(tile), acc_dq);
+    this->add_dq(step, this->dq_target(QueryTile::place(tile)), acc_dq);
+    ++step;
   }
 
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ void run(int& step) {
     clear(acc_dk);
     clear(acc_dv);
-    if (work.steps > 0) walk();
+    smem.barriers.k_full.wait(number & 1);
+    smem.barriers.v_full.wait(number & 1);
+    if (this->work().steps > 0) {
+      walk(step);
+    } else {
+      this->wait_for_gradients();
+    }
     this->wait_for_both();
     this->write_dv(acc_dv);
     this->write_dk(acc_dk);
-    this->wait_for_stores();
   }
 };
+
+// All that the thread block has to do.
+template <class Traits>
+__device__ __forceinline__ void run_keys_consumer(const BackwardArguments& arguments,
+                                                  typename Traits::SharedStorage& smem,
+                                                  int consumer) {
+  ConsumerTurns::start(consumer);
+  int step = 0;
+  const bool is_first = threadIdx.x % kWarpGroupThreads == 0;
+  for_each_work<Traits>(smem, [&](const BackwardWork<Traits>&, int number) {
+    KeysConsumer<Traits>(arguments, smem, number, consumer).run(step);
+    if (is_first) release_work<Traits>(smem, number);
+  });
+  if (is_first) tma_store_wait<0>();
+}
 
 }  // namespace flash_attn2::sm90

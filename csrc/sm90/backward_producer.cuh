@@ -12,7 +12,8 @@ struct BackwardProducer {
   using Element = typename Traits::Element;
   const BackwardArguments& arguments;
   typename Traits::SharedStorage& smem;
-  const BackwardWork<Traits> work;
+  const BackwardWork<Traits>& work;
+  const int first;  // of the work's steps; they are counted over all work of the thread block
 
   // Announces the bytes that `full` is to count and returns it.
   __device__ __forceinline__ static uint64_t* open(LoadBarrier& full, int bytes) {
@@ -90,50 +91,52 @@ struct BackwardProducer {
     tma_load_row(arguments.delta, full, smem.delta[stage], tile);
   }
 
-  __device__ __forceinline__ void run() const {
-    if (work.steps > 0) {
+  // For the thread block's only work.
+  __device__ __forceinline__ void run_once() const {
+    if (work.steps > 0 || !Traits::kSplitColumns) {
       load_k();  // in the order in which the consumers want them
       load_v();
     }
     wait_for_cluster<Traits::kCluster>();  // whose barriers are there then
     wait_for_previous_kernel();            // which makes L and D, and zeroes dQ
+    load_steps([&] {
+      if constexpr (Traits::kCluster > 1) load_peer_k();
+    });
+  }
+  // For its work `number`. K and V come when nobody reads those before any more, while dK and dV
+  // leave.
+  __device__ __forceinline__ void run(int number) const {
+    const auto load_keys = [&] {
+      if (number > 0) wait_for_end<Traits>(smem, number - 1);
+      load_k();
+      load_v();
+    };
+    load_steps(load_keys);
+    if (work.steps == 0) load_keys();
+  }
+
+  // after_first(): loads what the steps want beside theirs, after the first one's.
+  template <class AfterFirst>
+  __device__ __forceinline__ void load_steps(const AfterFirst& after_first) const {
     const int before_slots =
         tiles_before_slots<Traits>(arguments.params, work.kv_head(arguments.params));
     smem.whole_rows = whole_rows();
     QueryStep at = QueryStep::first(work);
+    const int end = first + work.steps;
     CUTE_NO_UNROLL
-    for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
+    for (int step = first; step < end; ++step, at = at.next(work)) {
       const int tile = tile_index(arguments.params, work, at);
       const Ring<Traits::kStages> ring{uint32_t(step)};
       smem.barriers.q_empty[ring.stage()].wait(ring.parity() ^ 1);
-      load_q(step, at, tile, tile - before_slots);
+      const int place = tile - before_slots;
+      load_q(step, at, tile,
+             Traits::kSplitColumns ? place : QueryTile::pack(place, step == end - 1));
       // No dQ without dO.
-      if (Traits::kDqRing && step == 0) wait_for_dq_slot(arguments.params, work);
+      if (Traits::kDqRing && step == first) wait_for_dq_slot(arguments.params, work);
       const Ring<Traits::kDoutStages> dout_ring{uint32_t(step)};
       smem.barriers.dout_empty[dout_ring.stage()].wait(dout_ring.parity() ^ 1);
       load_dout(step, at, tile);
-      if constexpr (Traits::kCluster > 1) {
-        if (step == 0) load_peer_k();
-      }
-    }
-    if (Traits::kDqRing && has_converters(arguments.params, work)) {
-      smem.barriers.done.wait(0);
-      count_dq_added(arguments.params, work);
-    }
-  }
-
-  // Sends dS of every step to the other thread block. Its consumers are done with the one before:
-  // else those of this one had not stored dS.
-  __device__ __forceinline__ void send_ds() const {
-    const int peer = cluster_rank<Traits::kCluster>() ^ 1;
-    CUTE_NO_UNROLL
-    for (int step = 0; step < work.steps; ++step) {
-      smem.barriers.ds_full[0].wait(step & 1);
-      cutlass::arch::fence_view_async_shared();
-      open(smem.barriers.peer_ds_full, sizeof(smem.columns.peer_ds));
-      copy_to_peer(smem.ds[0], smem.columns.peer_ds,
-                   reinterpret_cast<uint64_t*>(&smem.barriers.peer_ds_full),
-                   sizeof(smem.columns.peer_ds), peer);
+      if (step == first) after_first();
     }
   }
 
@@ -152,10 +155,10 @@ struct BackwardProducer {
   __device__ __forceinline__ void take_turns() const {
     const BackwardParams& params = arguments.params;
     const TurnOrder order(params, Traits::kTileM, Traits::kClusterKeys, work.kv_head(params));
-    wait_for_previous_kernel();  // which zeroes the counters
     QueryStep at = QueryStep::first(work);
+    const int end = first + work.steps;
     CUTE_NO_UNROLL
-    for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
+    for (int step = first; step < end; ++step, at = at.next(work)) {
       poll_count(counter(at), order.turn(work.coord.block, at.block));
       if (step > 0) smem.barriers.turn_seen.wait((step - 1) & 1);
       smem.barriers.turn_come.arrive();
@@ -164,10 +167,10 @@ struct BackwardProducer {
 
   // Tells the next key block when a tile's turn is over.
   __device__ __forceinline__ void pass_turns() const {
-    wait_for_previous_kernel();
     QueryStep at = QueryStep::first(work);
+    const int end = first + work.steps;
     CUTE_NO_UNROLL
-    for (int step = 0; step < work.steps; ++step, at = at.next(work)) {
+    for (int step = first; step < end; ++step, at = at.next(work)) {
       smem.barriers.turn_used.wait(step & 1);
       smem.barriers.turn_seen.arrive();
       __threadfence();
@@ -175,5 +178,71 @@ struct BackwardProducer {
     }
   }
 };
+
+// All that the thread block loads. One that stays draws tiles, in the order in which they would be
+// thread blocks, and loads Q and dO of one while the one before ends.
+template <class Traits>
+__device__ __forceinline__ void run_producer(const BackwardArguments& arguments,
+                                             typename Traits::SharedStorage& smem) {
+  if constexpr (!Traits::kPersistent) {
+    BackwardProducer<Traits>{arguments, smem, smem.work[0], 0}.run_once();
+  } else {
+    const BackwardParams& params = arguments.params;
+    wait_for_previous_kernel();  // which makes L and D, and zeroes dQ and the ticket
+    int first = 0;
+    CUTE_NO_UNROLL
+    for (int number = 0;; ++number) {
+      // No sooner: others may wait for this tile.
+      const unsigned index = atomicAdd(params.ticket, 1);
+      const Ring<Traits::kWorks> ring{uint32_t(number)};
+      BackwardWork<Traits>& work = smem.work[ring.stage()];
+      smem.barriers.work_empty[ring.stage()].wait(ring.parity() ^ 1);
+      const bool end = index >= key_tiles<Traits>(params);
+      if (end) {
+        work.steps = -1;
+      } else {
+        work = BackwardWork<Traits>(params, index);
+      }
+      smem.barriers.work_full[ring.stage()].arrive();
+      if (end) return;
+      BackwardProducer<Traits>{arguments, smem, work, first}.run(number);
+      first += work.steps;
+    }
+  }
+}
+
+// Deterministic mode: the thread that takes turns, or the one that passes them on.
+template <class Traits>
+__device__ __forceinline__ void keep_turns(const BackwardArguments& arguments,
+                                           typename Traits::SharedStorage& smem, bool take) {
+  wait_for_previous_kernel();  // which zeroes the counters
+  int first = 0;
+  for_each_work<Traits>(smem, [&](const BackwardWork<Traits>& work, int number) {
+    const BackwardProducer<Traits> producer{arguments, smem, work, first};
+    if (take) {
+      producer.take_turns();
+    } else {
+      producer.pass_turns();
+    }
+    first += work.steps;
+    release_work<Traits>(smem, number);
+  });
+}
+
+// kColumns: sends dS of every step to the other thread block. Its consumers are done with the one
+// before: else those of this one had not stored dS.
+template <class Traits>
+__device__ __forceinline__ void send_ds(typename Traits::SharedStorage& smem) {
+  const int peer = cluster_rank<Traits::kCluster>() ^ 1;
+  CUTE_NO_UNROLL
+  for (int step = 0; step < smem.work[0].steps; ++step) {
+    smem.barriers.ds_full[0].wait(step & 1);
+    cutlass::arch::fence_view_async_shared();
+    smem.barriers.peer_ds_full.arrive_and_expect_tx(sizeof(smem.columns.peer_ds));
+    copy_to_peer(smem.ds, smem.columns.peer_ds,
+                 reinterpret_cast<uint64_t*>(&smem.barriers.peer_ds_full),
+                 sizeof(smem.columns.peer_ds), peer);
+  }
+}
 
 }  // namespace flash_attn2::sm90

@@ -15,7 +15,7 @@ struct LoadedPairs {
   const float2* pairs;
 
   __device__ __forceinline__ LoadedPairs(const float* row, int thread)
-      : pairs(reinterpret_cast<const float2*>(row) + thread % 4) {}
+      : pairs(reinterpret_cast<const float2*>(row) + unsigned(thread) % 4) {}
   __device__ __forceinline__ float2 operator()(int i) const { return pairs[i]; }
 };
 
@@ -44,7 +44,7 @@ struct ShuffledPairs {
 template <class Traits>
 struct RegisterConsumer : BackwardConsumer<Traits> {
   using Base = BackwardConsumer<Traits>;
-  using Base::arguments, Base::smem, Base::work, Base::consumer, Base::thread;
+  using Base::arguments, Base::smem, Base::number, Base::consumer, Base::thread;
   using Base::Base, Base::kTileM, Base::kTileN, Base::kHeadDim, Base::kHeadDimV, Base::kKeys;
   using typename Base::Element;
   static_assert(kKeys == 64);
@@ -56,8 +56,11 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
   using AccDv = Accumulator<MmaDv, kKeys, kHeadDimV>;
   using LsePairs = std::conditional_t<kTileM == 128, ShuffledPairs<kTileM>, LoadedPairs>;
 
-  // Of this consumer's S^T, inside the tile.
-  __device__ __forceinline__ int first_key() const { return recompute(consumer) * kKeys; }
+  // Of this consumer's S^T, inside the tile. With 64 queries a step ptxas would keep too much that
+  // follows from it.
+  __device__ __forceinline__ int first_key() const {
+    return (kTileM == 128 ? consumer : recompute(consumer)) * kKeys;
+  }
 
   // Starts S^T = K Q^T (B2). Returns the step's query tile, for `share`.
   __device__ __forceinline__ QueryTile start_scores(int step, AccS& acc) const {
@@ -82,7 +85,7 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
     if (tile.masked(recompute(consumer))) {
       const VisibleKeys visible(arguments.params.shape, arguments.params.window);
       const int row = tile.row_begin() + thread % 4 * 2,
-                key = recompute(work.key_begin) + first_key() + thread / 32 * 16 + thread % 32 / 4;
+                key = this->work().key_begin + first_key() + thread / 32 * 16 + thread % 32 / 4;
       hide_columns(acc, [&](int j) {
         const BlockRange rows = visible.rows_of_key(key + 8 * j);
         return BlockRange{rows.begin - row, rows.end - row};
@@ -121,16 +124,15 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
   __device__ __forceinline__ int find_ds_place() const {
     const StoreLane lane = StoreLane::columns(thread);
     const auto tile = this->tile_ds(0);
-    return &tile(int(lane.column), first_key() + thread / 32 * 16 + lane.row) - smem.ds[0];
+    return &tile(int(lane.column), first_key() + thread / 32 * 16 + lane.row) - smem.ds;
   }
-  // With 128 queries a step there is no register to keep it in.
-  const int ds_place = kTileM == 128 ? 0 : find_ds_place();
+  const int ds_place = find_ds_place();
 
   // This consumer's (keys, queries) part of dS^T to the (queries, keys) tile.
   template <class Fragment>
   __device__ __forceinline__ void store_score_gradients(const Fragment& ds, int step) const {
-    Element* target = smem.ds[typename Base::Scores{uint32_t(step)}.stage()] +
-                      (kTileM == 128 ? find_ds_place() : ds_place);
+    Element* target =
+        smem.ds + typename Base::Scores{uint32_t(step)}.stage() * Traits::kScoreElements + ds_place;
     CUTE_UNROLL
     for (int block = 0; block < kTileM / 16; ++block) {  // the swizzle repeats every 8 rows
       store_block<SM90_U16x8_STSM_T>(ds, block, target + 16 * block * kBoxColumns<kTileN>);
@@ -152,14 +154,25 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
     start_gemm<MmaDk, Accumulate::kYes>(ds, q, acc);
   }
 
-  // B8, for this consumer's keys.
+  // B8, for this consumer's keys, by way of dS's place, which nobody reads any more.
   __device__ __forceinline__ void write_dv(const AccDv& acc) const {
-    write_rows<kBoxColumns<kHeadDimV>>(arguments.dv, acc, this->tile_v());
+    write_rows<kBoxColumns<kHeadDimV>>(arguments.dv, acc, smem_tile<kTileN, kHeadDimV>(smem.ds));
   }
   __device__ __forceinline__ void write_dk(AccDk& acc) const {
     CUTE_UNROLL
     for (int i = 0; i < size(acc); ++i) acc(i) *= arguments.params.softmax_scale;
-    write_rows<Traits::kBoxK>(arguments.dk, acc, this->tile_k());
+    write_rows<Traits::kBoxK>(
+        arguments.dk, acc,
+        smem_tile<kTileN, kHeadDim, Traits::kBoxK>(smem.ds + kTileN * kHeadDimV));
+  }
+  // Until those of the work before have left.
+  __device__ __forceinline__ void wait_for_gradients() const {
+    if (number == 0) return;
+    if (thread == 0) {
+      tma_store_wait<0>();
+      smem.barriers.gradients_left.arrive();
+    }
+    smem.barriers.gradients_left.wait((number & 1) ^ 1);
   }
   template <int kBox, class Acc, class Tile>
   __device__ __forceinline__ void write_rows(const CUtensorMap& map, const Acc& acc,

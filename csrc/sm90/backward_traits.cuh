@@ -18,6 +18,9 @@ enum class ConsumerSplit {
              // backward_columns.cuh
 };
 
+template <class Traits>
+struct BackwardWork;
+
 template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, ConsumerSplit kSplit_,
           int kHeadDimV_ = kHeadDim_, int kCluster_ = 1,
           int kMaxKeys_ = std::numeric_limits<int>::max()>
@@ -36,6 +39,10 @@ struct BackwardTraits {
   static_assert(kCluster == (kSplitColumns ? 2 : 1));
   static constexpr int kClusterKeys = kCluster * kTileN;
   static constexpr int kStages = 2;  // of Q
+  // Thread blocks stay, and take one tile after the other: while they end one, Q and dO of the next
+  // one come in. Else a cluster for each tile. d64 has no register for a second loop.
+  static constexpr bool kPersistent = !kSplitColumns && kHeadDimV > 64;
+  static constexpr int kWorks = kPersistent ? 2 : 1;  // the one at hand, and the next one
   // dO of a step is read in the first half of the step, Q by the step before and to the end.
   static constexpr int kDoutStages = kSplitColumns ? 1 : 2;
   static constexpr int kThreads = (kConsumers + 1) * kWarpGroupThreads;
@@ -64,6 +71,12 @@ struct BackwardTraits {
   // there is a barrier.
   static constexpr int kScoreBuffers = kSplitColumns ? 1 : 3;
 
+  static constexpr int kScoreElements = kTileM * kTileN;
+  // kKeys: dK and dV on their way out take the place of dS.
+  static constexpr int kScoreSpace =
+      !kSplitColumns ? cute::max(kScoreBuffers * kScoreElements, kTileN*(kHeadDim + kHeadDimV))
+                     : kScoreBuffers * kScoreElements;
+
   static constexpr int kBoxK = kBoxColumns<kDqColumns>;  // of K and dK: dQ takes whole slabs
 
   // dS lies as (queries, keys) rows, of kColumns as (keys, queries).
@@ -85,17 +98,18 @@ struct BackwardTraits {
   struct Nothing {};
 
   struct SharedStorage {
-    alignas(1024) Element k[kTileN * kHeadDim];   // dK on its way out
-    alignas(1024) Element v[kTileN * kHeadDimV];  // dV on its way out
+    alignas(1024) Element k[kTileN * kHeadDim];   // kColumns: dK on its way out
+    alignas(1024) Element v[kTileN * kHeadDimV];  // dV
     alignas(1024) Element q[kStages][kTileM * kHeadDim];
     alignas(1024) Element dout[kDoutStages][kTileM * kHeadDimV];
-    alignas(1024) Element ds[kScoreBuffers][kTileM * kTileN];
+    alignas(1024) Element ds[kScoreSpace];
     std::conditional_t<kSplitColumns, Columns, Nothing> columns;
     alignas(128) float lse[kStages][kTileM];
     alignas(128) float delta[kDoutStages][kTileM];
-    BackwardBarriers<kStages, kDoutStages, kScoreBuffers, kCluster> barriers;
+    BackwardBarriers<kStages, kDoutStages, kScoreBuffers, kWorks, kCluster> barriers;
     QueryTile tile[kStages];  // that Q's stage holds
     BlockRange whole_rows;    // of the loading thread, which has no registers for them
+    BackwardWork<BackwardTraits> work[kWorks];
     std::conditional_t<kDqRing, Converted, Nothing> converted;
   };
   static constexpr int kSmemBytes = int(sizeof(SharedStorage));
@@ -125,6 +139,12 @@ __device__ __forceinline__ int query_tiles(const BackwardParams& params) {
 template <class Traits>
 __device__ __forceinline__ int tiles_before_slots(const BackwardParams& params, int head) {
   return head / params.dq_slots * params.dq_slots * query_tiles<Traits>(params);
+}
+
+// Key blocks of all KV heads of the batch.
+template <class Traits>
+__device__ __forceinline__ unsigned key_tiles(const BackwardParams& params) {
+  return unsigned(key_blocks<Traits>(params)) * params.shape.heads_k * params.shape.batch;
 }
 
 // The key block and KV head of a cluster.
@@ -161,6 +181,8 @@ struct BackwardWork {
       direction = order.downwards ? -1 : 1;
     }
   }
+  // After the last one of a thread block that takes one after the other.
+  __device__ __forceinline__ bool is_end() const { return steps < 0; }
   // Of all KV heads of the batch.
   __device__ __forceinline__ int kv_head(const BackwardParams& params) const {
     return coord.batch * params.shape.heads_k + coord.head;

@@ -8,13 +8,13 @@
 // With kDqRing it is a ring of slots, few enough for the L2 cache. KV head n of the batch has slot
 // n % dq_slots:
 //
-//   - the thread blocks of head n add to it, then count themselves in dq_added[n];
+//   - the key blocks of head n add to it, then count themselves in dq_added[n];
 //   - those of head n + dq_lag, each for a share of the tiles, wait for these, write dQ, zero the
 //     slot, and count themselves in dq_converted[n]: spare warps, under the products;
 //   - those of head n + dq_slots wait for these before they add.
 //
-// The last dq_lag heads are left for the post-process kernel. A thread block waits only for ones of
-// lower index, which the GPU starts first, so that none waits in a circle.
+// The last dq_lag heads are left for the post-process kernel. A key block waits only for ones of
+// lower index, which are drawn first, so that none waits in a circle.
 #pragma once
 
 #include "../core/grid_dependency.cuh"
@@ -97,14 +97,43 @@ __device__ __forceinline__ void wait_for_bulk_writes() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// Whether thread blocks of a later head wait for this one.
+// Calls take(work, number) for all work of the thread block; take calls release_work.
+template <class Traits, class Take>
+__device__ __forceinline__ void for_each_work(typename Traits::SharedStorage& smem,
+                                              const Take& take) {
+  if constexpr (!Traits::kPersistent) {
+    take(smem.work[0], 0);
+  } else {
+    CUTE_NO_UNROLL
+    for (int number = 0;; ++number) {
+      const Ring<Traits::kWorks> ring{uint32_t(number)};
+      smem.barriers.work_full[ring.stage()].wait(ring.parity());
+      const BackwardWork<Traits>& work = smem.work[ring.stage()];
+      if (work.is_end()) return;
+      take(work, number);
+    }
+  }
+}
+template <class Traits>
+__device__ __forceinline__ void release_work(typename Traits::SharedStorage& smem, int number) {
+  if constexpr (Traits::kPersistent) smem.barriers.work_empty[number % Traits::kWorks].arrive();
+}
+
+// Until the consumers have added all of work `number` and read its K, V and dS.
+template <class Traits>
+__device__ __forceinline__ void wait_for_end(typename Traits::SharedStorage& smem, int number) {
+  const Ring<Traits::kWorks> ring{uint32_t(number)};
+  smem.barriers.done[ring.stage()].wait(ring.parity());
+}
+
+// Whether key blocks of a later head wait for this one.
 template <class Traits>
 __device__ __forceinline__ bool has_converters(const BackwardParams& params,
                                                const BackwardWork<Traits>& work) {
   return work.kv_head(params) + params.dq_lag < params.shape.batch * params.shape.heads_k;
 }
 
-// By one thread, when the thread block has added all that it adds.
+// By one thread, when all is added.
 template <class Traits>
 __device__ __forceinline__ void count_dq_added(const BackwardParams& params,
                                                const BackwardWork<Traits>& work) {
@@ -112,7 +141,7 @@ __device__ __forceinline__ void count_dq_added(const BackwardParams& params,
   atomicAdd(params.dq_added + work.kv_head(params), 1);
 }
 
-// By one thread, before the thread block adds.
+// By one thread, before anything is added.
 template <class Traits>
 __device__ __forceinline__ void wait_for_dq_slot(const BackwardParams& params,
                                                  const BackwardWork<Traits>& work) {
@@ -120,11 +149,11 @@ __device__ __forceinline__ void wait_for_dq_slot(const BackwardParams& params,
   if (head >= 0) wait_for_count(params.dq_converted + head, key_blocks<Traits>(params));
 }
 
-// A thread block's share of the KV head that comes dq_lag before its own, a part of a tile at a
-// time: by bulk copy into shared memory, rounded, to dQ by bulk copy, and zeros back the same way.
-// So few warps, and with few registers, do not wait for each load. What follows from the number of
-// the part is worked out where it is needed: with more registers than there are here, ptxas spills
-// in the consumers, too.
+// A key block's share of the KV head that comes dq_lag before its own, a part of a tile at a time:
+// by bulk copy into shared memory, rounded, to dQ by bulk copy, and zeros back the same way. So few
+// warps, and with few registers, do not wait for each load. What follows from the number of the
+// part is worked out where it is needed: with more registers than there are here, ptxas spills in
+// the consumers, too.
 template <class Traits>
 struct DqConverter {
   static constexpr int kParts = Traits::kDqParts;
@@ -133,20 +162,19 @@ struct DqConverter {
   const int kv_head, block;  // whose dQ, and which key block's share
 
   __device__ __forceinline__ DqConverter(const BackwardArguments& arguments,
-                                         typename Traits::SharedStorage& smem, unsigned index)
-      : DqConverter(arguments, smem, tile_of<Traits>(arguments.params, index)) {}
-  __device__ __forceinline__ DqConverter(const BackwardArguments& arguments,
                                          typename Traits::SharedStorage& smem,
-                                         const TileCoord& coord)
+                                         const BackwardWork<Traits>& work)
       : arguments(arguments),
         smem(smem),
-        kv_head(coord.batch * arguments.params.shape.heads_k + coord.head -
-                arguments.params.dq_lag),
-        block(coord.block) {}
+        kv_head(work.kv_head(arguments.params) - arguments.params.dq_lag),
+        block(work.coord.block) {}
 
   // The converters are the last warps of the producer's warpgroup, all that are spare.
   __device__ __forceinline__ static int first_thread(const BackwardParams& params) {
     return params.dq_turn != nullptr ? 96 : 32;
+  }
+  __device__ __forceinline__ int threads() const {
+    return kWarpGroupThreads - first_thread(arguments.params);
   }
   __device__ __forceinline__ bool is_first() const {
     return threadIdx.x == first_thread(arguments.params);
@@ -187,20 +215,19 @@ struct DqConverter {
     tma_store_wait<0>();
   }
 
-  __device__ __forceinline__ void run() const {
+  // `parts`: that the thread block has converted so far.
+  __device__ __forceinline__ void run(int& parts) const {
     const BackwardParams& params = arguments.params;
     if (kv_head < 0 || params.shape.seqlen_q == 0) return;  // without rows nobody sets the counters
-    wait_for_previous_kernel();
     wait_for_count(params.dq_added + kv_head, key_blocks<Traits>(params));
     fence_bulk_copies();
     CUTE_NO_UNROLL
-    for (int n = 0; tile(n) < query_tiles<Traits>(params); ++n) {
+    for (int n = 0; tile(n) < query_tiles<Traits>(params); ++n, ++parts) {
       if (is_first()) load(n);
-      smem.barriers.dq_full.wait(n & 1);
-      const int threads = kWarpGroupThreads - first_thread(params);
-      round(threads);
+      smem.barriers.dq_full.wait(parts & 1);
+      round(threads());
       cutlass::arch::fence_view_async_shared();
-      sync_converters(threads);
+      sync_converters(threads());
       if (is_first()) store(recompute(n));
     }
     if (is_first()) {
@@ -211,6 +238,25 @@ struct DqConverter {
     }
   }
 };
+
+// All that the thread block converts. Between two key blocks the one before is counted.
+template <class Traits>
+__device__ __forceinline__ void run_converter(const BackwardArguments& arguments,
+                                              typename Traits::SharedStorage& smem) {
+  wait_for_previous_kernel();
+  int parts = 0;
+  for_each_work<Traits>(smem, [&](const BackwardWork<Traits>& work, int number) {
+    const DqConverter<Traits> converter(arguments, smem, work);
+    converter.run(parts);
+    sync_converters(converter.threads());
+    if (!converter.is_first()) return;
+    if (has_converters(arguments.params, work)) {
+      wait_for_end<Traits>(smem, number);
+      count_dq_added(arguments.params, work);
+    }
+    release_work<Traits>(smem, number);
+  });
+}
 
 inline constexpr int kPostprocessThreads = 256;
 
