@@ -339,7 +339,8 @@ def test_groups_of_heads_are_divided_where_thread_blocks_are_few(batch, seqlen, 
     sums = plan["dq_slots"] * heads[0] // (heads[1] * parts) * seqlen * 128 * 4
     counters = 2 * round_up(4 * batch * heads[1] * parts, 256)
     rows = 2 * round_up(4 * batch * heads[0] * seqlen, 256)
-    assert plan["workspace_bytes"] == rows + sums + counters + gradients
+    ticket = 256
+    assert plan["workspace_bytes"] == rows + sums + counters + ticket + gradients
 
 
 @needs_sm80
@@ -385,8 +386,8 @@ def test_workspace_has_the_columns_of_q():
     for row in unequal:
         d, dv = row["head_dim"], row["head_dim_v"]
         plan = plan_for("backward", row["dtype"], head_dim=d, head_dim_v=dv, seqlen_q=1024)
-        ring = KERNELS[plan["kernel"]]["cluster"] == 1
-        counters = 2 * 256 if ring else 0
+        ring, ticket = KERNELS[plan["kernel"]]["cluster"] == 1, is_persistent(plan)
+        counters = 256 * (2 * ring + ticket)
         assert plan["workspace_bytes"] == 2 * 8 * 1024 * 4 * (d + 2) + counters
 
 
