@@ -10,7 +10,7 @@
 // first query block that sees it. A later key block starts sooner, and at a later query block, so
 // where two meet it is ahead by both.
 //
-// So far a thread block waits only for ones of lower index, which start first.
+// So far a key block waits only for ones of lower index, which start first.
 //
 // Other heads, without a mask: the key blocks are taken in groups of neighbours, which run side by
 // side: `group` is what the GPU has room for at a time. Groups add in the order of the keys. Inside

@@ -242,7 +242,7 @@ int head_parts(const KernelRow& row, const Problem& problem, const DeviceLimits&
 // Where dQ is converted on the way: thread blocks whose index is lower by a whole round of the GPU
 // have mostly ended, so that what they added can be converted; and one round later that has been
 // done, too. Two rounds where the longest key block of a head is the last to start, and two times
-// the heads that go side by side. A thread block waits for heads that come a lag before: those must
+// the heads that go side by side. A key block waits for heads that come a lag before: those must
 // not be side by side with its own, so a lag is no fewer than those. Else all KV heads have a slot,
 // and the post-process converts them.
 void plan_heads(Plan& plan, const Problem& problem, const DeviceLimits& device) {

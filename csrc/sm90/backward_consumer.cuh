@@ -139,8 +139,8 @@ struct BackwardConsumer {
     if (consumer == 0 && thread == 0) smem.barriers.done[number % Traits::kWorks].arrive();
   }
 
-  // B8: a part of dK or dV, which this consumer, or kWriters of them together, have written over K
-  // or V from (key, column) of the tile on, leaves.
+  // B8: a part of dK or dV, which this consumer, or kWriters of them together, have written over K,
+  // V or dS from (key, column) of the tile on, leaves.
   template <int kColumns, int kBox, int kWriters = 1, class Tile>
   __device__ __forceinline__ void store_key_gradient(const CUtensorMap& map, const Tile& tile,
                                                      int key, int column) const {

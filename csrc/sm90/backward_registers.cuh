@@ -1,5 +1,5 @@
 // Consumers with (keys, queries) products: P^T and dS^T of a thread are also the A operands, in
-// registers, of dV and dK. Steps B2 to B6 of a tile and the store of dK and dV; the walks over the
+// registers, of dV and dK. Steps B2 to B6 of a tile and the store of dK and dV; the walk over the
 // query tiles is in backward_keys.cuh.
 #pragma once
 

@@ -18,7 +18,7 @@
 #pragma once
 
 #include "../core/grid_dependency.cuh"
-#include "backward_traits.cuh"
+#include "backward_work.cuh"
 
 namespace flash_attn2::sm90 {
 
@@ -95,35 +95,6 @@ __device__ __forceinline__ void fence_bulk_copies() {
 // tma_store_wait, but for the writes, not only the reads.
 __device__ __forceinline__ void wait_for_bulk_writes() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
-// Calls take(work, number) for all work of the thread block; take calls release_work.
-template <class Traits, class Take>
-__device__ __forceinline__ void for_each_work(typename Traits::SharedStorage& smem,
-                                              const Take& take) {
-  if constexpr (!Traits::kPersistent) {
-    take(smem.work[0], 0);
-  } else {
-    CUTE_NO_UNROLL
-    for (int number = 0;; ++number) {
-      const Ring<Traits::kWorks> ring{uint32_t(number)};
-      smem.barriers.work_full[ring.stage()].wait(ring.parity());
-      const BackwardWork<Traits>& work = smem.work[ring.stage()];
-      if (work.is_end()) return;
-      take(work, number);
-    }
-  }
-}
-template <class Traits>
-__device__ __forceinline__ void release_work(typename Traits::SharedStorage& smem, int number) {
-  if constexpr (Traits::kPersistent) smem.barriers.work_empty[number % Traits::kWorks].arrive();
-}
-
-// Until the consumers have added all of work `number` and read its K, V and dS.
-template <class Traits>
-__device__ __forceinline__ void wait_for_end(typename Traits::SharedStorage& smem, int number) {
-  const Ring<Traits::kWorks> ring{uint32_t(number)};
-  smem.barriers.done[ring.stage()].wait(ring.parity());
 }
 
 // Whether key blocks of a later head wait for this one.
