@@ -37,11 +37,11 @@ def list_kernels() -> list[dict]:
     Keys: name, family, direction ("forward" or "backward"), dtype, head_dim and head_dim_v (the
     largest of Q and K, and of V, that it serves), tile_m and tile_n (rows of a Q and of a K/V
     tile), threads (of a block), smem_bytes (of a block), persistent (one block a multiprocessor at
-    most), cluster (blocks that load for each other), teams (tiles that a persistent block works on
-    at a time), max_keys and max_unmasked_keys (the longest seqlen_k it serves, with and without a
-    mask); and from the build's log, as the largest over all architectures, registers (of a thread),
-    spill_bytes and stack_bytes, None where the build left no log; "resources" lists them for each
-    architecture.
+    most), delta_ahead (blocks make D for later heads), cluster (blocks that load for each other),
+    teams (tiles that a persistent block works on at a time), max_keys and max_unmasked_keys (the
+    longest seqlen_k it serves, with and without a mask); and from the build's log, as the largest
+    over all architectures, registers (of a thread), spill_bytes and stack_bytes, None where the
+    build left no log; "resources" lists them for each architecture.
 
     Raises:
         RuntimeError: the package was installed without its CUDA extension.
@@ -121,8 +121,9 @@ def plan(
     Returns:
         kernel (row name, None where none fits), family, tile_m, tile_n, threads, grid (blocks),
         smem_bytes (of a block), workspace_bytes, heads_per_group, head_parts (of a group of
-        query heads, each with dk and dv of its own, summed afterwards), dq_slots and dq_lag (KV
-        heads, see csrc/sm90/dq_accumulator.cuh), tail_heads, heads_together and
+        query heads, each with dk and dv of its own, summed afterwards), delta_lead (KV heads,
+        see csrc/sm90/delta_ahead.cuh), dq_slots and dq_lag (likewise,
+        csrc/sm90/dq_accumulator.cuh), tail_heads, heads_together and
         last_block_first (csrc/core/schedule.h), groups_turn and rounds_turn
         (csrc/sm90/schedule.cuh), turn_group (csrc/core/turn_order.h), and refused, a list of
         {"kernel", "reason"}.

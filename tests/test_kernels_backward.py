@@ -193,6 +193,23 @@ def test_more_heads_than_dq_has_slots_under_a_window(head_dims, deterministic):
     check(case, torch.bfloat16, deterministic=deterministic)
 
 
+# Those whose thread blocks do not stay.
+HEAD_DIMS_WITH_DELTA_AHEAD = [
+    dims for dims in YARDSTICK_HEAD_DIMS if dims == (64, 64) or dims[0] > 128
+]
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+@pytest.mark.parametrize("head_dims", HEAD_DIMS_WITH_DELTA_AHEAD, ids=str)
+def test_more_heads_than_the_pre_process_takes(head_dims, mask, deterministic):
+    """D of later heads is made by the way: of 200 KV heads the pre-process takes 133 at most."""
+    d, dv = head_dims
+    for lengths in ((300, 270), (65, 600), (700, 100)):
+        case = Case(*lengths, 4, 2, head_dim=d, head_dim_v=dv, batch=100, mask=mask)
+        check(case, torch.bfloat16, deterministic=deterministic)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_more_heads_than_dq_has_slots_without_queries(head_dim):
     shapes = ((300, rows, 4, head_dim) for rows in (0, 70, 70))

@@ -279,7 +279,7 @@ def test_backward_workspace(seqlen_q, deterministic, gpu):
 @pytest.mark.parametrize("seqlen_k", [0, 1, 512, 16384])
 @pytest.mark.parametrize("seqlen_q", [0, 1, 1000])
 def test_backward_workspace_of_a_ring(seqlen_q, seqlen_k, batch):
-    """sm90: dQ's sums of two rounds of thread blocks, and two counters for each KV head."""
+    """sm90: dQ's sums of two rounds of thread blocks, and three counters for each KV head."""
     heads = {"heads_q": 2, "heads_k": 2}
     lengths = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
     plan = plan_for("backward", batch=batch, head_dim=64, family="sm90", **heads, **lengths)
@@ -292,7 +292,7 @@ def test_backward_workspace_of_a_ring(seqlen_q, seqlen_k, batch):
     assert plan["workspace_bytes"] == (
         2 * round_up(4 * rows, 256)
         + round_up(4 * sums * row["head_dim"], 256)
-        + 2 * round_up(4 * batch * 2, 256)
+        + 3 * round_up(4 * batch * 2, 256)
     )
 
 
@@ -379,6 +379,38 @@ def test_dq_is_converted_on_the_way_where_it_pays(head_dim, seqlen, mask, ring):
     assert (plan["dq_slots"] < heads) == (plan["dq_lag"] < heads) == ring
 
 
+@needs_sm90
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("mask", [{}, CAUSAL, WIDE], ids=str)
+@pytest.mark.parametrize("batch, seqlen", [(1, 512), (64, 512), (64, 1024), (8, 4096), (8, 16384)])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_heads_whose_delta_is_made_ahead(head_dim, batch, seqlen, mask, deterministic):
+    """All but a round of thread blocks. A thread block makes that of a head whose thread blocks are
+    all begun later: no neighbour of its own in the order of core/schedule.h."""
+    lengths = {"seqlen_q": seqlen, "seqlen_k": seqlen, "heads_q": 8, "heads_k": 8}
+    options = {"head_dim": head_dim, "deterministic": deterministic, "family": "sm90"}
+    plan = plan_for("backward", batch=batch, **lengths, **options, **mask)
+    row, heads = KERNELS[plan["kernel"]], 8 * batch
+    if not row["delta_ahead"]:
+        assert is_persistent(plan)
+        assert plan["delta_lead"] == heads
+        return
+    at_a_time = GPUS["H200"]["sm_count"] // row["cluster"]
+    key_blocks = -(-seqlen // (row["tile_n"] * row["cluster"]))
+    least = max(-(-at_a_time // key_blocks) + 1, plan["heads_together"])
+    assert plan["delta_lead"] == min(least, heads)
+
+
+@pytest.mark.parametrize("seqlen_k", [0, 128])
+def test_the_pre_process_makes_all_delta_where_nobody_else_does(seqlen_k):
+    """Without keys there are no thread blocks after it, and in sm80 none that would."""
+    for family in sorted({row["family"] for row in KERNELS.values()}):
+        lengths = {"seqlen_q": 64, "seqlen_k": seqlen_k, "batch": 1000}
+        plan = plan_for("backward", head_dim=64, family=family, **lengths)
+        ahead = KERNELS[plan["kernel"]]["delta_ahead"] and seqlen_k > 0
+        assert (plan["delta_lead"] < 1000 * 8) == ahead
+
+
 def test_workspace_has_the_columns_of_q():
     unequal = [row for row in KERNELS.values() if row["head_dim"] != row["head_dim_v"]]
     if not unequal:
@@ -387,7 +419,8 @@ def test_workspace_has_the_columns_of_q():
         d, dv = row["head_dim"], row["head_dim_v"]
         plan = plan_for("backward", row["dtype"], head_dim=d, head_dim_v=dv, seqlen_q=1024)
         ring, ticket = KERNELS[plan["kernel"]]["cluster"] == 1, is_persistent(plan)
-        counters = 256 * (2 * ring + ticket)
+        ahead = KERNELS[plan["kernel"]]["delta_ahead"]
+        counters = 256 * (2 * ring + ticket + ahead)
         assert plan["workspace_bytes"] == 2 * 8 * 1024 * 4 * (d + 2) + counters
 
 

@@ -57,22 +57,27 @@ struct BackwardParams {
   // Workspace, in this order, in one allocation that carve_workspace (plan/plan.h) divides:
   // seqlen_q_rounded is seqlen_q rounded up to tile_m, head_dim_rounded is the kernel's bucket of
   // Q.
-  float* lse_log2 = nullptr;  // (batch, heads_q, seqlen_q_rounded): LSE * log2(e), +inf on padding
-  float* delta = nullptr;     // (batch, heads_q, seqlen_q_rounded): D = rowsum(dO * O) - dLSE
-  float* dq_accum = nullptr;  // (dq_slots, heads_q / heads_k, seqlen_q_rounded, head_dim_rounded),
-                              // tile order
-  int* dq_added = nullptr;  // (batch, heads_k), likewise dq_converted; see sm90/dq_accumulator.cuh
+  float* lse_log2 = nullptr;   // (batch, heads_q, seqlen_q_rounded): LSE * log2(e), +inf on padding
+  float* delta = nullptr;      // (batch, heads_q, seqlen_q_rounded): D = rowsum(dO * O) - dLSE
+  float* dq_accum = nullptr;   // (dq_slots, heads_q / heads_k, seqlen_q_rounded, head_dim_rounded),
+                               // tile order
+  int* delta_ready = nullptr;  // (batch, heads_k), likewise the next two; see sm90/delta_ahead.cuh
+  int* dq_added = nullptr;     // see sm90/dq_accumulator.cuh
   int* dq_converted = nullptr;
   int* dq_turn = nullptr;  // (batch, heads_q, seqlen_q_rounded / tile_m, dq_parts); null: unordered
                            // adds
   int* ticket = nullptr;   // counts column blocks that were handed out: sm80, when dq_turn is
                            // used; sm90, of a persistent grid
+  int* counters = nullptr;   // where delta_ready to ticket lie, and how many ints that is; the
+  int64_t counter_ints = 0;  // pre-process zeroes them
   void* dk_parts = nullptr;  // (batch, seqlen_k, heads_k, head_dim), dtype of dk; null: no parts
   void* dv_parts = nullptr;  // (batch, seqlen_k, heads_k, head_dim_v), likewise
 
   int head_parts = 1;  // of a group of query heads, each with its own dK and dV, see plan/plan.cpp
   int dq_parts = 1;    // of a query tile's dQ, each with turns of its own: the thread blocks of a
                        // cluster have one each
+  int delta_lead = 0;  // KV heads whose D the pre-process makes; thread blocks make those of the KV
+                       // head that comes so many after their own
   int dq_slots = 1;    // KV heads that have a place in dq_accum, which they take in turn
   int dq_lag = 0;  // a thread block converts dQ of the KV head that comes this many before its own
 

@@ -52,6 +52,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   params.dlse = dlse_in.defined() ? dlse_in.const_data_ptr<float>() : nullptr;
   params.softmax_scale = scaled.scale;
   params.dq_parts = plan.row->cluster;
+  params.delta_lead = plan.delta_lead;
   params.dq_slots = plan.dq_slots;
   params.dq_lag = plan.dq_lag;
   params.tail_heads = plan.tail_heads;

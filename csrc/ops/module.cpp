@@ -69,6 +69,7 @@ py::list list_kernels() {
     kernel["threads"] = row.threads;
     kernel["smem_bytes"] = row.smem_bytes;
     kernel["persistent"] = row.persistent;
+    kernel["delta_ahead"] = row.delta_ahead;
     kernel["cluster"] = row.cluster;
     kernel["teams"] = row.teams;
     kernel["max_keys"] = row.max_keys;
@@ -109,6 +110,7 @@ py::dict plan_to_dict(const Problem& problem, const DeviceLimits& device) {
   result["workspace_bytes"] = plan.workspace.total;
   result["heads_per_group"] = plan.heads_per_group;
   result["head_parts"] = plan.head_parts;
+  result["delta_lead"] = plan.delta_lead;
   result["dq_slots"] = plan.dq_slots;
   result["dq_lag"] = plan.dq_lag;
   result["tail_heads"] = plan.tail_heads;

@@ -235,9 +235,9 @@ int head_parts(const KernelRow& row, const Problem& problem, const DeviceLimits&
   return best;
 }
 
-// The order of the key blocks (core/schedule.h), and how far behind dQ is converted
-// (sm90/dq_accumulator.cuh). Where key blocks differ in length, the heads of the last round go side
-// by side.
+// The order of the key blocks (core/schedule.h), how far ahead D is made (sm90/delta_ahead.cuh) and
+// how far behind dQ is converted (sm90/dq_accumulator.cuh). Where key blocks differ in length, the
+// heads of the last round go side by side.
 //
 // Where dQ is converted on the way: thread blocks whose index is lower by a whole round of the GPU
 // have mostly ended, so that what they added can be converted; and one round later that has been
@@ -260,6 +260,9 @@ void plan_heads(Plan& plan, const Problem& problem, const DeviceLimits& device) 
     tail = together = round;
     if (problem.deterministic) lag = 2 * round;
   }
+  // A round, too, and no neighbour; all heads where no thread block comes after the pre-process.
+  const bool ahead = row.delta_ahead && problem.shape.seqlen_k > 0;
+  plan.delta_lead = static_cast<int>(ahead ? std::min(std::max(round, together), heads) : heads);
   if (!ring_pays(row, problem)) lag = heads;
   plan.tail_heads = static_cast<int>(std::min(tail, heads));
   plan.heads_together = static_cast<int>(std::min(together, heads));
@@ -287,12 +290,17 @@ Workspace lay_out(const KernelRow& row, const Problem& problem, const Plan& plan
   workspace.delta = take(rows * sizeof(float));
   const int64_t group = shape.heads_q / shape.heads_k;
   workspace.dq_accum = take(plan.dq_slots * group * rows_of_head * row.head_dim * sizeof(float));
+  workspace.counters = end;
+  if (row.delta_ahead) {
+    workspace.delta_ready = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
+  }
   if (row.dq_ring) {
     workspace.dq_added = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
     workspace.dq_converted = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
   }
   if (problem.deterministic) workspace.dq_turn = take(row_blocks * row.cluster * sizeof(int));
   if (problem.deterministic || row.persistent) workspace.ticket = take(sizeof(int));
+  workspace.counters_end = end;
   if (plan.head_parts > 1) {
     const int64_t rows_of_parts = int64_t{shape.batch} * shape.seqlen_k * shape.heads_k;
     workspace.dk_parts = take(kBytesPerElement * rows_of_parts * shape.head_dim);
@@ -420,6 +428,9 @@ void carve_workspace(BackwardParams& params, void* base, const Workspace& worksp
   params.lse_log2 = static_cast<float*>(at(workspace.lse_log2));
   params.delta = static_cast<float*>(at(workspace.delta));
   params.dq_accum = static_cast<float*>(at(workspace.dq_accum));
+  params.counters = static_cast<int*>(at(workspace.counters));
+  params.counter_ints = (workspace.counters_end - workspace.counters) / int64_t{sizeof(int)};
+  params.delta_ready = static_cast<int*>(at(workspace.delta_ready));
   params.dq_added = static_cast<int*>(at(workspace.dq_added));
   params.dq_converted = static_cast<int*>(at(workspace.dq_converted));
   params.dq_turn = static_cast<int*>(at(workspace.dq_turn));

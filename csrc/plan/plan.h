@@ -35,13 +35,15 @@ struct Workspace {
   int64_t lse_log2 = kAbsent;
   int64_t delta = kAbsent;
   int64_t dq_accum = kAbsent;
-  int64_t dq_added = kAbsent;  // this and the next only for rows with dq_ring
+  int64_t delta_ready = kAbsent;  // only for rows with delta_ahead
+  int64_t dq_added = kAbsent;     // this and the next only for rows with dq_ring
   int64_t dq_converted = kAbsent;
   int64_t dq_turn = kAbsent;   // only when deterministic
   int64_t ticket = kAbsent;    // only when deterministic or of a persistent grid
   int64_t dk_parts = kAbsent;  // this and the next only where there are head_parts
   int64_t dv_parts = kAbsent;
-  int64_t total = 0;  // bytes of the allocation
+  int64_t counters = 0, counters_end = 0;  // where delta_ready to ticket lie
+  int64_t total = 0;                       // bytes of the allocation
 };
 
 struct Plan {
@@ -50,6 +52,7 @@ struct Plan {
   int heads_per_group = 1;  // forward: query heads whose K and V share the L2 cache
   Workspace workspace;      // backward
   int head_parts = 1;       // backward: dK and dV for each of K and V, which are then summed
+  int delta_lead = 0;       // backward: see sm90/delta_ahead.cuh
   int dq_slots = 1;         // backward: see sm90/dq_accumulator.cuh
   int dq_lag = 0;
   int tail_heads = 0;                            // see core/schedule.h

@@ -37,12 +37,13 @@ struct KernelRow {
   int smem_bytes;  // dynamic shared memory of one thread block
   int min_arch;    // 80: runs from sm_80 on; of two families that fit, the newer one wins
   int max_arch = std::numeric_limits<int>::max();  // 90: runs up to sm_90
-  bool persistent = false;  // the grid has one thread block a multiprocessor at most
-  bool dq_ring = false;     // backward: dQ is converted on the way, see sm90/dq_accumulator.cuh
-  int cluster = 1;          // thread blocks that load for each other. Forward: needs no mask, and
-                            // tiles of a head that divide by it; backward: the columns of dQ are
-                            // shared out among them
-  int teams = 1;            // tiles that a persistent thread block works on at a time
+  bool persistent = false;   // the grid has one thread block a multiprocessor at most
+  bool dq_ring = false;      // backward: dQ is converted on the way, see sm90/dq_accumulator.cuh
+  bool delta_ahead = false;  // backward: see sm90/delta_ahead.cuh
+  int cluster = 1;           // thread blocks that load for each other. Forward: needs no mask, and
+                             // tiles of a head that divide by it; backward: the columns of dQ are
+                             // shared out among them
+  int teams = 1;             // tiles that a persistent thread block works on at a time
   // The longest seqlen_k it serves, and without a mask.
   int max_keys = std::numeric_limits<int>::max();
   int max_unmasked_keys = std::numeric_limits<int>::max();

@@ -14,6 +14,7 @@
 //   peer_ds_full     1 (sender) + bytes     the other's dS is there              consumers
 //   ds_empty         8 (consumer warps)     both dS of the step are used         consumers
 //   dq_full          1 (converter) + bytes  a part of an earlier head's dQ came  converters
+//   delta_made       8 (consumer warps)     D of a later head is made            who counts it
 //   done[i]          1 (consumer 0)         nobody reads K, V and dS of work i    all but consumers
 //   work_full[i]     1 (producer)           work i is there                      all
 //   work_empty[i]    see below              work i is done                       producer
@@ -49,6 +50,7 @@ template <int kStages, int kDoutStages, int kScoreBuffers, int kWorks, int kClus
 struct BackwardBarriers {
   LoadBarrier k_full, v_full, q_full[kStages], dout_full[kDoutStages], dq_full;
   LoadBarrier peer_k_full, peer_ds_full;
+  Barrier delta_made;
   Barrier q_empty[kStages], dout_empty[kDoutStages];
   Barrier ds_full[kScoreBuffers], ds_empty;
   Barrier turn_come, turn_used, turn_seen;
@@ -60,6 +62,7 @@ struct BackwardBarriers {
     k_full.init(1);
     v_full.init(1);
     dq_full.init(1);
+    delta_made.init(kConsumerWarps);
     peer_k_full.init(1);
     peer_ds_full.init(1);
     for (int i = 0; i < kStages; ++i) {

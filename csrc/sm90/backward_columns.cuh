@@ -275,6 +275,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
   }
 
   __device__ __forceinline__ void run() {
+    this->make_delta();
     dk.clear();
     dv.clear();
     if (this->work().steps > 0) walk();

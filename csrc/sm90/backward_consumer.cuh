@@ -99,6 +99,13 @@ struct BackwardConsumer {
   __device__ __forceinline__ QueryTile read_query_tile(int step) const {
     return read_as_first_lane(smem.tile[Stages{uint32_t(step)}.stage()], thread);
   }
+  // Step B1 of a later head.
+  __device__ __forceinline__ void make_delta() const {
+    if constexpr (Traits::kDeltaAhead) {
+      DeltaMaker<Traits>{arguments.params, thread}.run(work(), consumer);
+      arrive_as_warp(smem.barriers.delta_made, thread);
+    }
+  }
   // The buffers of Q (and L) or of dO (and D) of a step are no longer needed.
   __device__ __forceinline__ void release_q(int step) const {
     arrive_at_all<Traits::kCluster>(smem.barriers.q_empty[Stages{uint32_t(step)}.stage()], thread,

@@ -50,7 +50,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     } else if constexpr (Traits::kDqRing) {
       run_converter<Traits>(arguments, smem);
     } else if constexpr (Traits::kCluster > 1) {
-      if (threadIdx.x == 96) send_ds<Traits>(smem);
+      if (threadIdx.x == 96) {
+        wait_for_previous_kernel();  // which zeroes the counters
+        count_delta_ahead(params, smem, smem.work[0]);
+        send_ds<Traits>(smem);
+      }
     }
   }
   sync_cluster<Traits::kCluster>();  // shared memory has to outlive what the other sends

@@ -84,6 +84,7 @@ struct KeysConsumer : RegisterConsumer<Traits> {
   }
 
   __device__ __forceinline__ void run(int& step) {
+    this->make_delta();
     clear(acc_dk);
     clear(acc_dv);
     smem.barriers.k_full.wait(number & 1);

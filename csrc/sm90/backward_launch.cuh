@@ -81,6 +81,7 @@ KernelRow backward_row(int preference) {
   KernelRow row = describe<Traits>("sm90", 90, Direction::kBackward, preference);
   row.max_arch = 90;
   row.dq_ring = Traits::kDqRing;
+  row.delta_ahead = Traits::kDeltaAhead;
   row.persistent = Traits::kPersistent;
   row.max_keys = row.max_unmasked_keys = Traits::kMaxKeys;
   row.cluster = Traits::kCluster;

@@ -80,6 +80,7 @@ struct BackwardProducer {
     smem.tile[stage] = {row_begin | consumers_to_mask(row_begin), sums};
     uint64_t* full = open(smem.barriers.q_full[stage], sizeof(smem.q[0]) + sizeof(smem.lse[0]));
     load_rows<Traits::kHeadDim>(arguments.q, full, smem.q[stage], at);
+    if (Traits::kDeltaAhead && step == first) wait_for_delta(arguments.params, work);
     tma_load_row(arguments.lse, full, smem.lse[stage], tile);
   }
   // Also D of the rows.

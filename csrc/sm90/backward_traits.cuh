@@ -42,6 +42,9 @@ struct BackwardTraits {
   // one come in. Else a cluster for each tile. 128 queries a step leave no register for a second
   // loop.
   static constexpr bool kPersistent = !kSplitColumns && kTileM == 64;
+  // Thread blocks make D of later heads, see delta_ahead.cuh. One that stays has no time for it:
+  // its first loads are there when it begins a tile.
+  static constexpr bool kDeltaAhead = !kPersistent;
   static constexpr int kWorks = kPersistent ? 2 : 1;  // the one at hand, and the next one
   // dO of a step is read in the first half of the step, Q by the step before and to the end.
   static constexpr int kDoutStages = kSplitColumns ? 1 : 2;

@@ -20,9 +20,10 @@ __device__ __forceinline__ int query_tiles(const BackwardParams& params) {
          ceil_div(params.shape.seqlen_q, Traits::kTileM);
 }
 // Query tiles of the KV heads that had the slots of dQ's accumulator before `head` and its
-// neighbours.
+// neighbours; none where every head has one.
 template <class Traits>
 __device__ __forceinline__ int tiles_before_slots(const BackwardParams& params, int head) {
+  if constexpr (!Traits::kDqRing) return 0;
   return head / params.dq_slots * params.dq_slots * query_tiles<Traits>(params);
 }
 

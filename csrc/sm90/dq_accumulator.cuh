@@ -18,7 +18,7 @@
 #pragma once
 
 #include "../core/grid_dependency.cuh"
-#include "backward_work.cuh"
+#include "delta_ahead.cuh"
 
 namespace flash_attn2::sm90 {
 
@@ -72,29 +72,6 @@ __device__ __forceinline__ void store_dq(const BackwardArguments& arguments,
       arguments.dq, source,
       {row_begin + (Traits::kSplitDqRows ? part * Traits::kDqRows : 0), head_row % shape.heads_q,
        head_row / shape.heads_q, Traits::kSplitDqRows ? 0 : part * Traits::kDqColumns});
-}
-
-// With relaxed loads: after each acquire the SM drops its L1 cache. For a thread that neither reads
-// what was counted nor lets others read it.
-__device__ __forceinline__ void poll_count(const int* counter, int least) {
-  int count;
-  do {
-    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
-  } while (count < least);
-}
-__device__ __forceinline__ void wait_for_count(const int* counter, int least) {
-  poll_count(counter, least);
-  asm volatile("{\n.reg .b32 count;\nld.acquire.gpu.global.b32 count, [%0];\n}\n" ::"l"(counter)
-               : "memory");
-}
-
-// Between accesses to global memory by bulk copies and by other instructions.
-__device__ __forceinline__ void fence_bulk_copies() {
-  asm volatile("fence.proxy.async;" ::: "memory");
-}
-// tma_store_wait, but for the writes, not only the reads.
-__device__ __forceinline__ void wait_for_bulk_writes() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 // Whether key blocks of a later head wait for this one.
@@ -218,6 +195,9 @@ __device__ __forceinline__ void run_converter(const BackwardArguments& arguments
   int parts = 0;
   for_each_work<Traits>(smem, [&](const BackwardWork<Traits>& work, int number) {
     const DqConverter<Traits> converter(arguments, smem, work);
+    if (Traits::kDeltaAhead && converter.is_first()) {
+      count_delta_ahead(arguments.params, smem, work);
+    }
     converter.run(parts);
     sync_converters(converter.threads());
     if (!converter.is_first()) return;
