@@ -26,6 +26,8 @@
 // Thread blocks of a cluster (kColumns) load Q and dO for each other and exchange dS: there the
 // consumer warps of both arrive at q_empty, dout_empty and ds_empty.
 //
+// delta_made: where thread blocks make D of later heads (BackwardTraits::kDeltaAhead).
+//
 // work_* and gradients_left: where thread blocks stay (BackwardTraits::kPersistent). At work_empty
 // arrive the first thread of each consumer and of the converters, and who keeps turns.
 //
