@@ -95,9 +95,9 @@ def main() -> None:
                         help="two small calls for each dtype and kernel")  # fmt: skip
     parser.add_argument("--few-tiles", action="store_true",
                         help="for racecheck: no calls in which a backward's thread block "
-                             "takes several tiles, as it does not see that a named barrier and one "
-                             "thread's "
-                             "arrival come between reads by all and the next write")  # fmt: skip
+                             "takes several tiles, as it does not see that a named barrier "
+                             "and one thread's arrival come between reads by all and the next "
+                             "write")  # fmt: skip
     args = parser.parse_args()
     for family in args.families or families:
         if family not in families:

@@ -14,7 +14,7 @@ constexpr int kThreads = 256;
 
 struct PreprocessParams {
   BackwardParams backward;
-  int64_t rows;
+  int64_t rows;          // of the first delta_lead KV heads
   int rows_rounded;      // seqlen_q rounded up to the tile
   int head_dim_rounded;  // floats of a row of the dQ accumulator
   int lanes;             // threads that share a row: a power of two, one 16-byte chunk of dO each

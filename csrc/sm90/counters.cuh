@@ -11,6 +11,7 @@ __device__ __forceinline__ void poll_count(const int* counter, int least) {
     asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
   } while (count < least);
 }
+// Acquires at once, as mostly there is nothing to wait for.
 __device__ __forceinline__ void wait_for_count(const int* counter, int least) {
   for (;;) {
     int count;

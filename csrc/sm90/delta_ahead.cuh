@@ -94,6 +94,7 @@ template <class Traits>
 __device__ __forceinline__ void count_delta_ahead(const BackwardParams& params,
                                                   typename Traits::SharedStorage& smem,
                                                   const BackwardWork<Traits>& work) {
+  static_assert(!Traits::kPersistent);  // else consumers may be two phases ahead of who counts
   smem.barriers.delta_made.wait(0);
   if (!has_head_ahead(params, work)) return;
   fence_bulk_copies();  // which load L and D

@@ -195,8 +195,8 @@ __device__ __forceinline__ void run_converter(const BackwardArguments& arguments
   int parts = 0;
   for_each_work<Traits>(smem, [&](const BackwardWork<Traits>& work, int number) {
     const DqConverter<Traits> converter(arguments, smem, work);
-    if (Traits::kDeltaAhead && converter.is_first()) {
-      count_delta_ahead(arguments.params, smem, work);
+    if constexpr (Traits::kDeltaAhead) {
+      if (converter.is_first()) count_delta_ahead(arguments.params, smem, work);
     }
     converter.run(parts);
     sync_converters(converter.threads());
