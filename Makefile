@@ -73,7 +73,7 @@ SMALL_CALLS = $(PY) tools/sanitize_target.py $(SANITIZE_ARGS)
 sanitize: extension
 	$(SANITIZE) memcheck $(SMALL_CALLS)
 	$(SANITIZE) synccheck $(SMALL_CALLS)
-	$(SANITIZE) racecheck $(SMALL_CALLS) --few-tiles
+	$(SANITIZE) racecheck $(SMALL_CALLS)
 
 fuzz: extension
 	$(RUN) tools/fuzz_kernels.py $(FUZZ_ARGS)

@@ -37,7 +37,8 @@ def list_kernels() -> list[dict]:
     Keys: name, family, direction ("forward" or "backward"), dtype, head_dim and head_dim_v (the
     largest of Q and K, and of V, that it serves), tile_m and tile_n (rows of a Q and of a K/V
     tile), threads (of a block), smem_bytes (of a block), persistent (one block a multiprocessor at
-    most), delta_ahead (blocks make D for later heads), cluster (blocks that load for each other),
+    most), head_rows (a block of a backward takes whole heads, of so many query rows at most; 0: key
+    blocks), delta_ahead (blocks make D for later heads), cluster (blocks that load for each other),
     teams (tiles that a persistent block works on at a time), max_keys and max_unmasked_keys (the
     longest seqlen_k it serves, with and without a mask); and from the build's log, as the largest
     over all architectures, registers (of a thread), spill_bytes and stack_bytes, None where the

@@ -11,12 +11,14 @@ from cases import (
     HEAD_DIM_PAIRS,
     HEAD_DIMS,
     KEY_EDGE_LENGTHS,
+    MASKS,
     UNEQUAL_BUCKETS,
     YARDSTICK_HEAD_DIMS,
     Case,
     random_inputs,
 )
 from numerics import amid_nan, assert_result, fp64_result, relative_error, run_op, torch_flash
+from plans import KERNELS
 
 import flash_attn2
 
@@ -208,6 +210,43 @@ def test_more_heads_than_the_pre_process_takes(head_dims, mask, deterministic):
     for lengths in ((300, 270), (65, 600), (700, 100)):
         case = Case(*lengths, 4, 2, head_dim=d, head_dim_v=dv, batch=100, mask=mask)
         check(case, torch.bfloat16, deterministic=deterministic)
+
+
+# (queries, keys) of heads that thread blocks of 132 multiprocessors take whole.
+WHOLE_HEAD_LENGTHS = [
+    *((rows, 128) for rows in (1, 63, 64, 65, 129, 511, 512)),
+    *((64, keys) for keys in (1, 63, 64, 65, 127, 129, 256, 257, 700)),
+    *((rows, rows) for rows in (127, 192, 197, 256, 257, 320, 512)),
+    (512, 77),
+    (100, 512),
+    (300, 1100),
+]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("lengths", WHOLE_HEAD_LENGTHS, ids=str)
+def test_whole_heads(lengths, mask):
+    """132 heads have a multiprocessor each, of 256 most take two."""
+    for batch, dtype in ((33, torch.bfloat16), (64, torch.float16)):
+        case = Case(*lengths, 4, 4, head_dim=64, batch=batch, mask=mask)
+        plan = flash_attn2.plan("backward", batch, *lengths, 4, 4, 64)
+        assert KERNELS[plan["kernel"]]["head_rows"] > 0
+        check(case, dtype)
+
+
+@pytest.mark.parametrize("head_dims", [(8, 8), (40, 64), (64, 24), (56, 56)], ids=str)
+def test_head_dims_of_whole_heads(head_dims):
+    d, dv = head_dims
+    check(Case(190, 210, 4, 4, head_dim=d, head_dim_v=dv, batch=64), torch.bfloat16)
+
+
+def test_whole_heads_are_the_same_over_100_runs():
+    """With and without `deterministic`: a thread block sums all of a head's dQ in one order."""
+    inputs = random_inputs(Case(500, 400, 4, 4, head_dim=64, batch=64), torch.bfloat16, "cuda")
+    first = run_op(inputs, 0.125, (-1, 0))
+    for run in range(100):
+        again = run_op(inputs, 0.125, (-1, 0), deterministic=run % 2 == 1)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -280,19 +280,24 @@ def test_backward_workspace(seqlen_q, deterministic, gpu):
 @pytest.mark.parametrize("seqlen_q", [0, 1, 1000])
 def test_backward_workspace_of_a_ring(seqlen_q, seqlen_k, batch):
     """sm90: dQ's sums of two rounds of thread blocks, and three counters for each KV head."""
-    heads = {"heads_q": 2, "heads_k": 2}
+    heads = {"heads_q": 6, "heads_k": 2}
     lengths = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
     plan = plan_for("backward", batch=batch, head_dim=64, family="sm90", **heads, **lengths)
     row = KERNELS[plan["kernel"]]
+    assert row["head_rows"] == 0
+    kv_heads = batch * 2 * plan["head_parts"]
     lag = -(-GPUS["H200"]["sm_count"] // max(-(-seqlen_k // row["tile_n"]), 1)) + 1
-    assert plan["dq_lag"] == min(lag, batch * 2)
-    assert plan["dq_slots"] == min(2 * lag, batch * 2)
+    assert plan["dq_lag"] == min(lag, kv_heads)
+    assert plan["dq_slots"] == min(2 * lag, kv_heads)
     rows_of_head = round_up(seqlen_q, row["tile_m"])
-    rows, sums = batch * 2 * rows_of_head, plan["dq_slots"] * rows_of_head
+    rows = batch * 6 * rows_of_head
+    sums = plan["dq_slots"] * 3 // plan["head_parts"] * rows_of_head
+    parts = 2 * 2 * batch * seqlen_k * 2 * 64 * plan["head_parts"]  # dK and dV, two bytes each
     assert plan["workspace_bytes"] == (
         2 * round_up(4 * rows, 256)
         + round_up(4 * sums * row["head_dim"], 256)
-        + 3 * round_up(4 * batch * 2, 256)
+        + 3 * round_up(4 * kv_heads, 256)
+        + (round_up(parts // 2, 256) * 2 if plan["head_parts"] > 1 else 0)
     )
 
 
@@ -399,6 +404,54 @@ def test_heads_whose_delta_is_made_ahead(head_dim, batch, seqlen, mask, determin
     key_blocks = -(-seqlen // (row["tile_n"] * row["cluster"]))
     least = max(-(-at_a_time // key_blocks) + 1, plan["heads_together"])
     assert plan["delta_lead"] == min(least, heads)
+
+
+@needs_sm90
+@pytest.mark.parametrize("mask", [{}, CAUSAL, {"deterministic": True}], ids=str)
+@pytest.mark.parametrize(
+    "heads, lengths, whole",
+    [
+        (132, (512, 512), True),  # one for each multiprocessor
+        (133, (512, 512), False),  # a second round, for one
+        (264, (512, 512), True),
+        (24, (512, 512), False),
+        (24, (512, 128), True),  # no fewer thread blocks
+        (264, (513, 512), False),
+        (264, (512, 5000), True),
+        (264, (0, 512), False),
+        (264, (512, 0), False),
+    ],
+)
+def test_whole_heads_where_they_pay(heads, lengths, whole, mask):
+    problem = {"batch": 1, "seqlen_q": lengths[0], "seqlen_k": lengths[1], "heads_q": heads}
+    options = {"direction": "backward", "head_dim": 64, "family": "sm90", **mask}
+    plan = plan_for(**problem, heads_k=heads, **options)
+    row = KERNELS[plan["kernel"]]
+    assert (row["head_rows"] > 0) == whole
+    if whole:
+        assert plan["grid"] == min(heads, GPUS["H200"]["sm_count"])
+        rows = heads * round_up(lengths[0], row["tile_m"])
+        assert plan["workspace_bytes"] == 2 * round_up(4 * rows, 256)  # L and D
+    grouped = plan_for(**problem, heads_k=1, **options)
+    assert KERNELS[grouped["kernel"]]["head_rows"] == 0
+
+
+@needs_sm90
+def test_why_heads_are_not_taken_whole():
+    options = {"direction": "backward", "head_dim": 64, "family": "sm90"}
+    for problem, reason in (
+        ({"batch": 1, "seqlen_q": 512, "seqlen_k": 512}, "too few of them at batch 1"),
+        ({"batch": 99, "seqlen_q": 600, "seqlen_k": 512}, "1 to 512 queries"),
+        ({"batch": 99, "seqlen_q": 90, "seqlen_k": 512, "heads_k": 2}, "8 and 2 heads"),
+    ):
+        plan = plan_for(dtype="bfloat16", **problem, **options)
+        (why,) = (
+            entry["reason"]
+            for entry in plan["refused"]
+            if KERNELS[entry["kernel"]]["head_rows"] > 0
+            and KERNELS[entry["kernel"]]["dtype"] == "bfloat16"
+        )
+        assert reason in why
 
 
 @pytest.mark.parametrize("seqlen_k", [0, 128])

@@ -3,7 +3,7 @@
 `make sanitize` runs it under memcheck, synccheck and racecheck. It also compares with the CPU path,
 so that a sanitizer that skips the kernels cannot pass. By hand, for example:
 
-    compute-sanitizer --tool racecheck python tools/sanitize_target.py --quick --few-tiles sm90
+    compute-sanitizer --tool racecheck python tools/sanitize_target.py --quick sm90
 """
 
 import argparse
@@ -34,9 +34,10 @@ def run(
     deterministic: bool,
     batch: int = 1,
     queries: int = 131,
+    group: int = 2,
 ) -> float:
-    """Largest relative error of out, dq, dk, dv of one problem with odd lengths and GQA."""
-    b, hk, h = batch, kv_heads, 2 * kv_heads
+    """Largest relative error of out, dq, dk, dv of one problem with odd lengths."""
+    b, hk, h = batch, kv_heads, group * kv_heads
     shapes = ((b, queries, h, d), (b, keys, hk, d), (b, keys, hk, dv), (b, queries, h, dv))
     *inputs, dout = (torch.randn(shape, dtype=dtype) for shape in shapes)
 
@@ -56,14 +57,12 @@ def lengths(family: str, d: int, dv: int) -> list[int]:
     return [197, *(limit + 29 for limit in limits if limit < 2**31 - 1)]
 
 
-def stays_in_backward(family: str, d: int, dv: int) -> bool:
-    """Whether thread blocks of the backward take one tile after the other."""
-    place = (family, "backward", d, dv)
-    keys = ("family", "direction", "head_dim", "head_dim_v")
-    return any(row["persistent"] for row in list_kernels() if place == tuple(row[k] for k in keys))
+def takes_whole_heads(family: str, d: int, dv: int) -> bool:
+    rows = [row for row in list_kernels() if row["family"] == family and row["head_rows"] > 0]
+    return (d, dv) in {(row["head_dim"], row["head_dim_v"]) for row in rows}
 
 
-def check_family(family: str, quick: bool, few_tiles: bool) -> None:
+def check_family(family: str, quick: bool) -> None:
     """Calls every dtype and pair of head dims of the build; ends the process at a wrong result."""
     both = [(False, False), (True, True)]
     variants = both if quick else list(itertools.product((False, True), repeat=2))
@@ -82,9 +81,13 @@ def check_family(family: str, quick: bool, few_tiles: bool) -> None:
                   deterministic=deterministic)  # fmt: skip
         # Three tiles for each multiprocessor: thread blocks that stay take some, those that do not
         # make D for later heads.
-        if not (few_tiles and stays_in_backward(family, d, dv)):
-            check(dtype, d, dv, keys=67, kv_heads=2, causal=False, deterministic=False, batch=200,
-                  queries=35)  # fmt: skip
+        check(dtype, d, dv, keys=67, kv_heads=2, causal=False, deterministic=False, batch=200,
+              queries=35)  # fmt: skip
+        # Two heads for each multiprocessor.
+        if takes_whole_heads(family, d, dv):
+            for causal in (False, True):
+                check(dtype, d, dv, keys=197, kv_heads=4, causal=causal, deterministic=False,
+                      batch=66, group=1)  # fmt: skip
 
 
 def main() -> None:
@@ -93,17 +96,12 @@ def main() -> None:
     parser.add_argument("families", nargs="*", help=f"kernel families (default: {families})")
     parser.add_argument("--quick", action="store_true",
                         help="two small calls for each dtype and kernel")  # fmt: skip
-    parser.add_argument("--few-tiles", action="store_true",
-                        help="for racecheck: no calls in which a backward's thread block "
-                             "takes several tiles, as it does not see that a named barrier "
-                             "and one thread's arrival come between reads by all and the next "
-                             "write")  # fmt: skip
     args = parser.parse_args()
     for family in args.families or families:
         if family not in families:
             parser.error(f"{family}: this build on this GPU runs {', '.join(families)}")
         with forced_family(family):
-            check_family(family, args.quick, args.few_tiles)
+            check_family(family, args.quick)
 
 
 if __name__ == "__main__":

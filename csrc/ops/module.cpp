@@ -69,6 +69,7 @@ py::list list_kernels() {
     kernel["threads"] = row.threads;
     kernel["smem_bytes"] = row.smem_bytes;
     kernel["persistent"] = row.persistent;
+    kernel["head_rows"] = row.head_rows;
     kernel["delta_ahead"] = row.delta_ahead;
     kernel["cluster"] = row.cluster;
     kernel["teams"] = row.teams;

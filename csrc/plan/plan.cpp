@@ -25,6 +25,9 @@ constexpr int64_t kMaskedRowsOfRing = 4096;
 constexpr int64_t kKeysOfWindowRing = 1024;
 constexpr int64_t kRowsOfTallRing = 4096;
 constexpr int kTallestOfLongRing = 64;
+// See whole_heads_pay.
+constexpr int64_t kTimeOfHeadsBlock = 4;
+constexpr int64_t kTimeOfBlock = 5;
 // See head_parts.
 constexpr int64_t kRoundsOfWholeGroups = 2;
 constexpr int64_t kStepsToAddParts = 4;
@@ -61,12 +64,34 @@ int most_keys(const KernelRow& row, const Problem& problem) {
   return is_masked(problem.window) ? row.max_keys : row.max_unmasked_keys;
 }
 
+bool fits_whole_heads(const KernelRow& row, const AttentionShape& shape) {
+  return shape.seqlen_q > 0 && shape.seqlen_q <= row.head_rows && shape.seqlen_k > 0 &&
+         shape.heads_q == shape.heads_k;
+}
+
+// A thread block that takes whole heads is done with a key block in four fifths of the time that
+// others take, but where heads are few, multiprocessors are left without one.
+bool whole_heads_pay(const KernelRow& row, const AttentionShape& shape,
+                     const DeviceLimits& device) {
+  const int64_t heads = int64_t{shape.batch} * shape.heads_k;
+  const int64_t blocks = ceil_div(shape.seqlen_k, row.tile_n);
+  const int64_t at_a_time = clusters_at_a_time(row, device);
+  return ceil_div(heads, at_a_time) * blocks * kTimeOfHeadsBlock <=
+         ceil_div(heads * blocks, at_a_time) * kTimeOfBlock;
+}
+
+bool takes_heads(const KernelRow& row, const AttentionShape& shape, const DeviceLimits& device) {
+  return row.head_rows == 0 ||
+         (fits_whole_heads(row, shape) && whole_heads_pay(row, shape, device));
+}
+
 bool serves(const KernelRow& row, const Problem& problem, const DeviceLimits& device) {
   return row.direction == problem.direction && row.dtype == problem.dtype &&
          row.head_dim >= problem.shape.head_dim && row.head_dim_v >= problem.shape.head_dim_v &&
          (problem.family.empty() || problem.family == row.family) && row.min_arch <= device.arch &&
          device.arch <= row.max_arch && row.smem_bytes <= device.smem_per_block_optin &&
-         problem.shape.seqlen_k <= most_keys(row, problem) && clusters_fit(row, problem);
+         problem.shape.seqlen_k <= most_keys(row, problem) && clusters_fit(row, problem) &&
+         takes_heads(row, problem.shape, device);
 }
 
 // Columns of S = Q K^T and O = P V: what a pair of a query and a key costs the forward.
@@ -137,6 +162,17 @@ std::string refusal_reason(const KernelRow& row, const KernelRow* chosen, const 
     }
     return "takes " + std::to_string(row.cluster) + " tiles of a head at a time, the inputs have " +
            std::to_string(ceil_div(problem.shape.seqlen_q, row.tile_m));
+  }
+  if (!takes_heads(row, problem.shape, device)) {
+    const AttentionShape& shape = problem.shape;
+    const std::string heads =
+        std::to_string(shape.heads_q) + " and " + std::to_string(shape.heads_k) + " heads, " +
+        std::to_string(shape.seqlen_q) + " queries and " + std::to_string(shape.seqlen_k) + " keys";
+    return fits_whole_heads(row, shape)
+               ? "takes whole heads, too few of them at batch " + std::to_string(shape.batch)
+               : "takes whole heads, each of Q with its own of K, of 1 to " +
+                     std::to_string(row.head_rows) + " queries and at least one key, the inputs " +
+                     "have " + heads;
   }
   const std::string fits = "fits, but " + chosen->name;
   if (padded_columns(row) > padded_columns(*chosen)) {
@@ -248,6 +284,11 @@ int head_parts(const KernelRow& row, const Problem& problem, const DeviceLimits&
 void plan_heads(Plan& plan, const Problem& problem, const DeviceLimits& device) {
   const KernelRow& row = *plan.row;
   const int64_t heads = int64_t{problem.shape.batch} * problem.shape.heads_k;
+  if (row.head_rows > 0) {  // in the order of their numbers, and all of dQ in shared memory
+    plan.delta_lead = static_cast<int>(heads);
+    plan.dq_slots = 0;
+    return;
+  }
   const int64_t key_blocks = std::max<int64_t>(ceil_div(problem.shape.seqlen_k, key_block(row)), 1);
   const int64_t round = ceil_div(clusters_at_a_time(row, device), key_blocks) + 1;
   const int64_t in_turn = heads_in_turn(row, problem, heads * key_blocks, device);
@@ -298,8 +339,10 @@ Workspace lay_out(const KernelRow& row, const Problem& problem, const Plan& plan
     workspace.dq_added = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
     workspace.dq_converted = take(int64_t{shape.batch} * shape.heads_k * sizeof(int));
   }
-  if (problem.deterministic) workspace.dq_turn = take(row_blocks * row.cluster * sizeof(int));
-  if (problem.deterministic || row.persistent) workspace.ticket = take(sizeof(int));
+  if (row.head_rows == 0) {
+    if (problem.deterministic) workspace.dq_turn = take(row_blocks * row.cluster * sizeof(int));
+    if (problem.deterministic || row.persistent) workspace.ticket = take(sizeof(int));
+  }
   workspace.counters_end = end;
   if (plan.head_parts > 1) {
     const int64_t rows_of_parts = int64_t{shape.batch} * shape.seqlen_k * shape.heads_k;
@@ -402,7 +445,9 @@ Plan make_plan(const Problem& problem, const DeviceLimits& device) {
     in_parts.shape.heads_k *= plan.head_parts;
     const int64_t blocks = count_blocks("seqlen_k", shape.seqlen_k, row.tile_n,
                                         int64_t{shape.batch} * in_parts.shape.heads_k, row.cluster);
-    plan.launch.grid = row.persistent ? std::min(blocks, resident) : blocks;
+    const int64_t works =
+        row.head_rows > 0 ? int64_t{shape.batch} * in_parts.shape.heads_k : blocks;
+    plan.launch.grid = row.persistent ? std::min(works, resident) : works;
     plan_heads(plan, in_parts, device);
     plan.workspace = lay_out(row, in_parts, plan);
     if (problem.deterministic) plan.turn_group = turn_group(row, shape, device);

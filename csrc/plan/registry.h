@@ -38,6 +38,8 @@ struct KernelRow {
   int min_arch;    // 80: runs from sm_80 on; of two families that fit, the newer one wins
   int max_arch = std::numeric_limits<int>::max();  // 90: runs up to sm_90
   bool persistent = false;   // the grid has one thread block a multiprocessor at most
+  int head_rows = 0;         // backward: a thread block takes whole heads, of so many query rows at
+                             // most, see sm90/backward_head.cuh; 0: key blocks
   bool dq_ring = false;      // backward: dQ is converted on the way, see sm90/dq_accumulator.cuh
   bool delta_ahead = false;  // backward: see sm90/delta_ahead.cuh
   int cluster = 1;           // thread blocks that load for each other. Forward: needs no mask, and

@@ -116,7 +116,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
     const float delta_of_row[2] = {delta[0], delta[8]};
     CUTE_UNROLL
     for (int i = 0; i < size(acc); ++i) acc(i) = p(i) * (acc(i) - delta_of_row[i / 2 % 2]);
-    smem.barriers.ds_empty.wait(step & 1 ^ 1);
+    smem.barriers.ds_empty[0].wait(step & 1 ^ 1);
     store_scores(acc, tile_ds_by_keys());
     arrive_as_warp(smem.barriers.ds_full[0], thread);
   }
@@ -210,7 +210,7 @@ struct ColumnsConsumer : BackwardConsumer<Traits> {
       this->release_q(step);
       finish_gemm<1>(acc_dq);
       this->add_dq(step, target, acc_dq);
-      arrive_at_all<Traits::kCluster>(smem.barriers.ds_empty, thread, this->rank);
+      arrive_at_all<Traits::kCluster>(smem.barriers.ds_empty[0], thread, this->rank);
       AccS acc_ds;
       start_dp(step + 1, acc_ds);
       finish_gemm<1>(acc_p);

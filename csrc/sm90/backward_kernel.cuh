@@ -8,6 +8,9 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "backward_columns.cuh"
+#include "backward_head.cuh"
+#include "backward_head_dq.cuh"
+#include "backward_head_loads.cuh"
 #include "backward_keys.cuh"
 #include "backward_producer.cuh"
 
@@ -22,20 +25,25 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(raw_smem);
   const BackwardParams& params = arguments.params;
   const bool ordered = params.dq_turn != nullptr;
+  // Beside the consumers; their number at work_full.
+  const int others = Traits::kWholeHeads ? kWarpGroupThreads + 2 : ordered ? 34 : 96;
   let_next_kernel_start();
-  if (threadIdx.x == 0) {
-    smem.barriers.init(ordered);
-    if constexpr (!Traits::kPersistent) {
-      smem.work[0] = BackwardWork<Traits>(params, blockIdx.x / Traits::kCluster);
-    }
+  if (threadIdx.x == 0) smem.barriers.init(others);
+  if (!Traits::kPersistent && threadIdx.x == 32) {
+    smem.work[0] = BackwardWork<Traits>(params, blockIdx.x / Traits::kCluster);
   }
   __syncthreads();
   arrive_at_cluster<Traits::kCluster>();  // the loading thread waits later
   const int group = cutlass::canonical_warp_group_idx();
-  if (group > 0) {
+  if (Traits::kWholeHeads && group > kConsumers) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kDqRegisters>();
+    if constexpr (Traits::kWholeHeads) sum_dq_of_heads<Traits>(arguments, smem);
+  } else if (group > 0) {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     wait_for_cluster<Traits::kCluster>();
-    if constexpr (Traits::kSplit == ConsumerSplit::kKeys) {
+    if constexpr (Traits::kWholeHeads) {
+      run_head_consumer<Traits>(arguments, smem, group - 1);
+    } else if constexpr (Traits::kSplit == ConsumerSplit::kKeys) {
       run_keys_consumer<Traits>(arguments, smem, group - 1);
     } else {
       ColumnsConsumer<Traits>(arguments, smem, 0, group - 1).run();
@@ -43,10 +51,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   } else {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x > 0) wait_for_cluster<Traits::kCluster>();
-    if (threadIdx.x < 32) {
+    if constexpr (Traits::kWholeHeads) {
+      load_heads<Traits>(arguments, smem);
+    } else if (threadIdx.x < 32) {
       if (threadIdx.x == 0) run_producer<Traits>(arguments, smem);
     } else if (threadIdx.x < 96 && ordered) {
-      if (threadIdx.x % 32 == 0) keep_turns<Traits>(arguments, smem, threadIdx.x == 32);
+      if (threadIdx.x == 32) keep_turns<Traits, true>(arguments, smem);
+      if (threadIdx.x == 64) keep_turns<Traits, false>(arguments, smem);
     } else if constexpr (Traits::kDqRing) {
       run_converter<Traits>(arguments, smem);
     } else if constexpr (Traits::kCluster > 1) {

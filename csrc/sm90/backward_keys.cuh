@@ -36,30 +36,32 @@ struct KeysConsumer : RegisterConsumer<Traits> {
     finish_gemm<1>(acc_p);
     if constexpr (!kScoresInTurn) ConsumerTurns::wait(consumer);
     tile = share(tile);
-    this->make_probabilities(step, tile, acc_p);
+    this->make_probabilities([&] { return typename Base::LsePairs(this->lse(step), this->thread); },
+                             tile.masked(recompute(consumer)), tile.row_begin(), acc_p);
     if constexpr (kScoresInTurn) ConsumerTurns::pass(consumer);
     finish_gemm<0>(acc_ds);
+    const LoadedPairs delta(this->delta(step), this->thread);
     const auto probabilities = [&](int i) {
       return make_float4(acc_p(i), acc_p(i + 1), acc_p(i + 2), acc_p(i + 3));
     };
-    this->template make_score_gradients<0, kEarlyGradients>(step, probabilities, acc_ds);
+    this->template make_score_gradients<0, kEarlyGradients>(delta, probabilities, acc_ds);
     auto p = to_operand_a<Element, typename Base::MmaDv>(acc_p);
     AccDq acc_dq;
     if constexpr (!kFirst) {
       this->wait_for_ds(step - 1);
       this->start_dq(step - 1, acc_dq);
     }
-    this->start_dv(p, step, acc_dv);
+    this->start_dv(p, this->tile_dout(step), acc_dv);
     if constexpr (!kScoresInTurn) ConsumerTurns::pass(consumer);
     CUTE_UNROLL
     for (int i = kEarlyGradients; i < size(acc_ds); ++i) {
       asm volatile("" : "+f"(acc_ds(i)));  // else the compiler moves the rest to the first part
     }
-    this->template make_score_gradients<kEarlyGradients, kValues>(step, probabilities, acc_ds);
+    this->template make_score_gradients<kEarlyGradients, kValues>(delta, probabilities, acc_ds);
     auto ds = to_operand_a<Element, typename Base::MmaDk>(acc_ds);
     if constexpr (kFirst) this->wait_for_gradients();
     this->store_score_gradients(ds, step);
-    this->start_dk(ds, step, acc_dk);
+    this->start_dk(ds, this->tile_q(step), acc_dk);
     if constexpr (!kFirst) {
       finish_gemm<2>(acc_dq);
       this->add_dq(step - 1, this->dq_target(last_tile), acc_dq);
@@ -110,7 +112,7 @@ __device__ __forceinline__ void run_keys_consumer(const BackwardArguments& argum
   const bool is_first = threadIdx.x % kWarpGroupThreads == 0;
   for_each_work<Traits>(smem, [&](const BackwardWork<Traits>&, int number) {
     KeysConsumer<Traits>(arguments, smem, number, consumer).run(step);
-    if (is_first) release_work<Traits>(smem, number);
+    release_work<Traits>(smem, number);
   });
   if (is_first) tma_store_wait<0>();
 }

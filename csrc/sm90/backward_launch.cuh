@@ -37,7 +37,8 @@ BackwardArguments backward_arguments(const BackwardParams& params) {
   arguments.q = queries(params.q, shape.head_dim, kBoxColumns<Traits::kHeadDim>);
   arguments.k = keys(params.k, heads_k, shape.head_dim, Traits::kTileN, Traits::kBoxK);
   arguments.v =
-      keys(params.v, heads_k, shape.head_dim_v, Traits::kTileN, kBoxColumns<Traits::kHeadDimV>);
+      keys(params.v, heads_k, shape.head_dim_v,
+           Traits::kWholeHeads ? Traits::kKeys : Traits::kTileN, kBoxColumns<Traits::kHeadDimV>);
   arguments.dout = queries(params.dout, shape.head_dim_v, kBoxColumns<Traits::kHeadDimV>);
   arguments.dq =
       queries(params.dq, shape.head_dim, kBoxColumns<Traits::kDqColumns>, Traits::kDqRows);
@@ -57,10 +58,12 @@ template <class Traits>
 void launch_backward(const BackwardParams& params, const LaunchConfig& config,
                      CUstream_st* stream) {
   const AttentionShape& shape = params.shape;
-  // The last KV heads' query tiles are left for the post-process; without keys, all.
+  // The last KV heads' query tiles are left for the post-process; without keys, all; none where
+  // dQ is made in shared memory.
   const int kv_heads = shape.batch * shape.heads_k;
-  const int heads_left =
-      Traits::kDqRing && config.grid > 0 ? std::min(params.dq_lag, kv_heads) : kv_heads;
+  const int heads_left = Traits::kWholeHeads                  ? 0
+                         : Traits::kDqRing && config.grid > 0 ? std::min(params.dq_lag, kv_heads)
+                                                              : kv_heads;
   const int64_t tiles_left = int64_t(heads_left) * (shape.heads_q / shape.heads_k) *
                              ceil_div(shape.seqlen_q, Traits::kTileM);
   launch_backward_preprocess(params, DTypeOf<typename Traits::Element>::kValue, Traits::kTileM,
@@ -80,6 +83,7 @@ template <class Traits>
 KernelRow backward_row(int preference) {
   KernelRow row = describe<Traits>("sm90", 90, Direction::kBackward, preference);
   row.max_arch = 90;
+  row.head_rows = Traits::kHeadTiles * Traits::kTileM;
   row.dq_ring = Traits::kDqRing;
   row.delta_ahead = Traits::kDeltaAhead;
   row.persistent = Traits::kPersistent;

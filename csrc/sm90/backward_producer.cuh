@@ -73,22 +73,23 @@ struct BackwardProducer {
       tma_load_for_all<Traits::kCluster, Traits::kTileM, kColumns>(map, full, target, coord);
     }
   }
-  // Also L of the rows, and where they and their dQ are. `tile`: tile_index of the step.
-  __device__ __forceinline__ void load_q(int step, const QueryStep& at, int tile, int sums) const {
+  // Also where the rows and their dQ are.
+  __device__ __forceinline__ void load_q(int step, const QueryStep& at, int sums) const {
     const int stage = Ring<Traits::kStages>{uint32_t(step)}.stage();
     const int row_begin = at.block * Traits::kTileM;
     smem.tile[stage] = {row_begin | consumers_to_mask(row_begin), sums};
-    uint64_t* full = open(smem.barriers.q_full[stage], sizeof(smem.q[0]) + sizeof(smem.lse[0]));
-    load_rows<Traits::kHeadDim>(arguments.q, full, smem.q[stage], at);
-    if (Traits::kDeltaAhead && step == first) wait_for_delta(arguments.params, work);
-    tma_load_row(arguments.lse, full, smem.lse[stage], tile);
+    load_rows<Traits::kHeadDim>(arguments.q, open(smem.barriers.q_full[stage], sizeof(smem.q[0])),
+                                smem.q[stage], at);
   }
-  // Also D of the rows.
+  // Also D and L of the rows, which come last. `tile`: tile_index of the step.
   __device__ __forceinline__ void load_dout(int step, const QueryStep& at, int tile) const {
     const int stage = Ring<Traits::kDoutStages>{uint32_t(step)}.stage();
-    uint64_t* full =
-        open(smem.barriers.dout_full[stage], sizeof(smem.dout[0]) + sizeof(smem.delta[0]));
+    const int lse_stage = Ring<Traits::kStages>{uint32_t(step)}.stage();
+    uint64_t* full = open(smem.barriers.dout_full[stage],
+                          sizeof(smem.dout[0]) + sizeof(smem.delta[0]) + sizeof(smem.lse[0]));
     load_rows<Traits::kHeadDimV>(arguments.dout, full, smem.dout[stage], at);
+    if (Traits::kDeltaAhead && step == first) wait_for_delta(arguments.params, work);
+    tma_load_row(arguments.lse, full, smem.lse[lse_stage], tile);
     tma_load_row(arguments.delta, full, smem.delta[stage], tile);
   }
 
@@ -112,6 +113,12 @@ struct BackwardProducer {
       load_k();
       load_v();
     };
+    // Their place is not free yet.
+    if (number > 0) {
+      tma_prefetch<Traits::kHeadDim, Traits::kBoxK>(
+          arguments.k, {work.key_begin, head_of_k(), work.coord.batch});
+      tma_prefetch<Traits::kHeadDimV>(arguments.v, {work.key_begin, head_of_k(), work.coord.batch});
+    }
     load_steps(load_keys);
     if (work.steps == 0) load_keys();
   }
@@ -130,8 +137,7 @@ struct BackwardProducer {
       const Ring<Traits::kStages> ring{uint32_t(step)};
       smem.barriers.q_empty[ring.stage()].wait(ring.parity() ^ 1);
       const int place = tile - before_slots;
-      load_q(step, at, tile,
-             Traits::kSplitColumns ? place : QueryTile::pack(place, step == end - 1));
+      load_q(step, at, Traits::kSplitColumns ? place : QueryTile::pack(place, step == end - 1));
       // No dQ without dO.
       if (Traits::kDqRing && step == first) wait_for_dq_slot(arguments.params, work);
       const Ring<Traits::kDoutStages> dout_ring{uint32_t(step)};
@@ -213,14 +219,14 @@ __device__ __forceinline__ void run_producer(const BackwardArguments& arguments,
 }
 
 // Deterministic mode: the thread that takes turns, or the one that passes them on.
-template <class Traits>
+template <class Traits, bool kTake>
 __device__ __forceinline__ void keep_turns(const BackwardArguments& arguments,
-                                           typename Traits::SharedStorage& smem, bool take) {
+                                           typename Traits::SharedStorage& smem) {
   wait_for_previous_kernel();  // which zeroes the counters
   int first = 0;
   for_each_work<Traits>(smem, [&](const BackwardWork<Traits>& work, int number) {
     const BackwardProducer<Traits> producer{arguments, smem, work, first};
-    if (take) {
+    if constexpr (kTake) {
       producer.take_turns();
     } else {
       producer.pass_turns();

@@ -1,6 +1,6 @@
 // Consumers with (keys, queries) products: P^T and dS^T of a thread are also the A operands, in
 // registers, of dV and dK. Steps B2 to B6 of a tile and the store of dK and dV; the walk over the
-// query tiles is in backward_keys.cuh.
+// query tiles is in backward_keys.cuh and backward_head.cuh.
 #pragma once
 
 #include "backward_consumer.cuh"
@@ -17,6 +17,19 @@ struct LoadedPairs {
   __device__ __forceinline__ LoadedPairs(const float* row, int thread)
       : pairs(reinterpret_cast<const float2*>(row) + unsigned(thread) % 4) {}
   __device__ __forceinline__ float2 operator()(int i) const { return pairs[i]; }
+};
+
+// The same, loaded at once.
+template <int kQueries>
+struct HeldPairs {
+  float2 pairs[kQueries / 8];
+
+  __device__ __forceinline__ HeldPairs(const float* row, int thread) {
+    const LoadedPairs loaded(row, thread);
+    CUTE_UNROLL
+    for (int i = 0; i < kQueries / 8; ++i) pairs[i] = loaded(4 * i);
+  }
+  __device__ __forceinline__ float2 operator()(int i) const { return pairs[i / 4]; }
 };
 
 // The same where registers are so scarce that pairs loaded ahead would spill: the 8 lanes that need
@@ -79,12 +92,14 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
     start_gemm<MmaS, Accumulate::kNo>(v, dout, acc);
   }
 
-  // The rest of B2: P^T = exp2(S^T * scale - L), in place.
-  __device__ __forceinline__ void make_probabilities(int step, const QueryTile& tile,
-                                                     AccS& acc) const {
-    if (tile.masked(recompute(consumer))) {
+  // The rest of B2: P^T = exp2(S^T * scale - L), in place. load_lse(): L as pairs, see above.
+  // `masked`: some of it is hidden. `row_begin`: the tile's first row.
+  template <class LoadLse>
+  __device__ __forceinline__ void make_probabilities(const LoadLse& load_lse, bool masked,
+                                                     int row_begin, AccS& acc) const {
+    if (masked) {
       const VisibleKeys visible(arguments.params.shape, arguments.params.window);
-      const int row = tile.row_begin() + thread % 4 * 2,
+      const int row = row_begin + thread % 4 * 2,
                 key = this->work().key_begin + first_key() + thread / 32 * 16 + thread % 32 / 4;
       hide_columns(acc, [&](int j) {
         const BlockRange rows = visible.rows_of_key(key + 8 * j);
@@ -92,7 +107,7 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
       });
     }
     const float scale_log2 = arguments.params.softmax_scale * kLog2e;
-    const LsePairs lse(this->lse(step), thread);
+    const auto lse = load_lse();
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 4) {
       const float2 pair = lse(i);
@@ -104,11 +119,11 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
   }
 
   // B4: dS^T = P^T (dP^T - D), in place of dP^T, of a thread's values kBegin to kEnd.
-  // probabilities(i): P^T's values i to i + 3.
-  template <int kBegin, int kEnd, class Probabilities>
-  __device__ __forceinline__ void make_score_gradients(int step, const Probabilities& probabilities,
+  // probabilities(i): P^T's values i to i + 3. `delta`: D as pairs.
+  template <int kBegin, int kEnd, class Pairs, class Probabilities>
+  __device__ __forceinline__ void make_score_gradients(const Pairs& delta,
+                                                       const Probabilities& probabilities,
                                                        AccS& acc) const {
-    const LoadedPairs delta(this->delta(step), thread);
     CUTE_UNROLL
     for (int i = kBegin; i < kEnd; i += 4) {
       const float2 pair = delta(i);
@@ -142,15 +157,15 @@ struct RegisterConsumer : BackwardConsumer<Traits> {
   }
 
   // Starts dV += P^T dO (B5). `p`: P^T as the A operand.
-  template <class P>
-  __device__ __forceinline__ void start_dv(P& p, int step, AccDv& acc) const {
-    const auto dout = operand_b<MmaDv>(transposed(this->tile_dout(step)));
+  template <class P, class Tile>
+  __device__ __forceinline__ void start_dv(P& p, const Tile& tile_dout, AccDv& acc) const {
+    const auto dout = operand_b<MmaDv>(transposed(tile_dout));
     start_gemm<MmaDv, Accumulate::kYes>(p, dout, acc);
   }
   // Starts dK += dS^T Q (B6). `ds`: dS^T as the A operand.
-  template <class Ds>
-  __device__ __forceinline__ void start_dk(Ds& ds, int step, AccDk& acc) const {
-    const auto q = operand_b<MmaDk>(transposed(this->tile_q(step)));
+  template <class Ds, class Tile>
+  __device__ __forceinline__ void start_dk(Ds& ds, const Tile& tile_q, AccDk& acc) const {
+    const auto q = operand_b<MmaDk>(transposed(tile_q));
     start_gemm<MmaDk, Accumulate::kYes>(ds, q, acc);
   }
 

@@ -14,7 +14,8 @@ struct BackwardTiles;
 // of a cluster, most keys. Up to 512 keys narrower tiles fill the sequence better.
 template <class Element>
 struct BackwardTiles<Element, 64> {
-  using Rows = std::tuple<BackwardTraits<Element, 64, 128, 128, ConsumerSplit::kKeys>>;
+  using Rows = std::tuple<BackwardTraits<Element, 64, 64, 128, ConsumerSplit::kWholeHeads>,
+                          BackwardTraits<Element, 64, 128, 128, ConsumerSplit::kKeys>>;
 };
 template <class Element>
 struct BackwardTiles<Element, 64, 128> {

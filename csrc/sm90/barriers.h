@@ -88,6 +88,17 @@ struct Ring {
   __device__ __forceinline__ uint32_t parity() const { return use / kStages & 1; }
 };
 
+// A use of a ring, that counts on: where a division by the number of stages would cost more.
+template <int kStages>
+struct Stage {
+  int index = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ Stage next() const {
+    return index == kStages - 1 ? Stage{0, parity ^ 1} : Stage{index + 1, parity};
+  }
+};
+
 // The ping-pong between groups; a single one takes none. kFirst: the first of their named barriers.
 template <int kGroups, int kFirst = 0>
 struct Turns {

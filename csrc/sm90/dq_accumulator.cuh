@@ -200,8 +200,7 @@ __device__ __forceinline__ void run_converter(const BackwardArguments& arguments
     }
     converter.run(parts);
     sync_converters(converter.threads());
-    if (!converter.is_first()) return;
-    if (has_converters(arguments.params, work)) {
+    if (converter.is_first() && has_converters(arguments.params, work)) {
       wait_for_end<Traits>(smem, number);
       count_dq_added(arguments.params, work);
     }

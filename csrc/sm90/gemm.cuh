@@ -185,6 +185,14 @@ __device__ __forceinline__ void store_block(const Fragment& fragment, int block,
   Copy::copy(words(4 * block), words(4 * block + 1), words(4 * block + 2), words(4 * block + 3),
              *reinterpret_cast<uint128_t*>(target));
 }
+// The 16 x 16 block of one warp as the four registers of an A operand, from shared memory; `source`
+// as StoreLane::rows has it.
+template <class Fragment, class Element>
+__device__ __forceinline__ void load_block(Fragment& fragment, int block, const Element* source) {
+  auto words = recast<uint32_t>(fragment);
+  SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const uint128_t*>(source), words(4 * block),
+                          words(4 * block + 1), words(4 * block + 2), words(4 * block + 3));
+}
 // The first 8 columns of a block alone.
 template <class Copy, class Fragment, class Element>
 __device__ __forceinline__ void store_half_block(const Fragment& fragment, int block,

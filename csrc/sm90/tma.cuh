@@ -117,6 +117,15 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barri
   }
 }
 
+// Brings it into L2.
+template <int kColumns, int kBox = kBoxColumns<kColumns>>
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap& map, const TmaCoord& at) {
+  CUTE_UNROLL
+  for (int column = 0; column < kColumns; column += kBox) {
+    cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&map, at.column + column, at.row, at.head, at.batch);
+  }
+}
+
 // The same for every thread block of a cluster: each loads the part of kRows / kCluster rows that
 // its rank names, into the same place of all, whose barriers at `barrier` count the bytes.
 template <int kCluster, int kRows, int kColumns, class Element>
