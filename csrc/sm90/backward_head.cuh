@@ -48,8 +48,8 @@ struct HeadConsumer : RegisterConsumer<Traits> {
     return smem_tile<kTileM, kHeadDimV>(smem.dout[at.dout.index]);
   }
 
-  // V comes by way of dO's stages, a part for each consumer. Both wait for both parts: who arrives at
-  // dout_empty of one that is not there yet may do so for the part that was there before.
+  // V comes by way of dO's stages, a part for each consumer. Both wait for both parts: who arrives
+  // at dout_empty of one that is not there yet may do so for the part that was there before.
   __device__ __forceinline__ void hold_v(Stages& at) {
     CUTE_UNROLL
     for (int i = 0; i < kConsumers; ++i, at.dout = at.dout.next()) {

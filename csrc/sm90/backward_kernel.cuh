@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(raw_smem);
   const BackwardParams& params = arguments.params;
   const bool ordered = params.dq_turn != nullptr;
-  // Beside the consumers; their number at work_full.
+  // Threads that wait for work beside the consumers: who makes dQ and loads the rest, or who keeps
+  // turns and converts, or who only converts.
   const int others = Traits::kWholeHeads ? kWarpGroupThreads + 2 : ordered ? 34 : 96;
   let_next_kernel_start();
   if (threadIdx.x == 0) smem.barriers.init(others);
