@@ -91,12 +91,13 @@ def check_family(family: str, quick: bool) -> None:
 
 
 def main() -> None:
-    families = families_of_gpu()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("families", nargs="*", help=f"kernel families (default: {families})")
+    parser.add_argument("families", nargs="*",
+                        help="kernel families (default: those that this GPU runs)")  # fmt: skip
     parser.add_argument("--quick", action="store_true",
                         help="two small calls for each dtype and kernel")  # fmt: skip
     args = parser.parse_args()
+    families = families_of_gpu()
     for family in args.families or families:
         if family not in families:
             parser.error(f"{family}: this build on this GPU runs {', '.join(families)}")

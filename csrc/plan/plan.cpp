@@ -26,8 +26,8 @@ constexpr int64_t kKeysOfWindowRing = 1024;
 constexpr int64_t kRowsOfTallRing = 4096;
 constexpr int kTallestOfLongRing = 64;
 // See whole_heads_pay.
-constexpr int64_t kTimeOfHeadsBlock = 4;
-constexpr int64_t kTimeOfBlock = 5;
+constexpr int64_t kTimeOfHeadsBlock = 3;
+constexpr int64_t kTimeOfBlock = 4;
 // See head_parts.
 constexpr int64_t kRoundsOfWholeGroups = 2;
 constexpr int64_t kStepsToAddParts = 4;
@@ -69,7 +69,7 @@ bool fits_whole_heads(const KernelRow& row, const AttentionShape& shape) {
          shape.heads_q == shape.heads_k;
 }
 
-// A thread block that takes whole heads is done with a key block in four fifths of the time that
+// A thread block that takes whole heads is done with a key block in three quarters of the time that
 // others take, but where heads are few, multiprocessors are left without one.
 bool whole_heads_pay(const KernelRow& row, const AttentionShape& shape,
                      const DeviceLimits& device) {
