@@ -15,6 +15,10 @@ DIRECTIONS = ("forward", "backward")
 FAMILIES = {row["family"] for row in KERNELS.values()}
 needs_sm80 = pytest.mark.skipif("sm80" not in FAMILIES, reason="built without the sm80 family")
 needs_sm90 = pytest.mark.skipif("sm90" not in FAMILIES, reason="built without the sm90 family")
+needs_whole_heads = pytest.mark.skipif(
+    not any(row["head_rows"] for row in KERNELS.values()),
+    reason="no kernel that takes whole heads in this build",
+)
 # (window_left, window_right) of a random problem, by the kind of its mask.
 RANDOM_WINDOWS = {
     "full": lambda rng, seqlen_q, seqlen_k: (-1, -1),

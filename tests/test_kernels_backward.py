@@ -18,9 +18,10 @@ from cases import (
     random_inputs,
 )
 from numerics import amid_nan, assert_result, fp64_result, relative_error, run_op, torch_flash
-from plans import KERNELS
+from plans import KERNELS, needs_whole_heads
 
 import flash_attn2
+from flash_attn2.introspection import families_of_gpu, forced_family
 
 pytestmark = pytest.mark.gpu
 
@@ -223,13 +224,14 @@ WHOLE_HEAD_LENGTHS = [
 ]
 
 
+@needs_whole_heads
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("lengths", WHOLE_HEAD_LENGTHS, ids=str)
 def test_whole_heads(lengths, mask):
     """132 heads have a multiprocessor each, of 256 most take two."""
     for batch, dtype in ((33, torch.bfloat16), (64, torch.float16)):
         case = Case(*lengths, 4, 4, head_dim=64, batch=batch, mask=mask)
-        plan = flash_attn2.plan("backward", batch, *lengths, 4, 4, 64)
+        plan = flash_attn2.plan("backward", batch, *lengths, 4, 4, 64, family="sm90")
         assert KERNELS[plan["kernel"]]["head_rows"] > 0
         check(case, dtype)
 
@@ -240,13 +242,17 @@ def test_head_dims_of_whole_heads(head_dims):
     check(Case(190, 210, 4, 4, head_dim=d, head_dim_v=dv, batch=64), torch.bfloat16)
 
 
+@needs_whole_heads
 def test_whole_heads_are_the_same_over_100_runs():
     """With and without `deterministic`: a thread block sums all of a head's dQ in one order."""
+    if "sm90" not in families_of_gpu():
+        pytest.skip("no GPU that takes whole heads")
     inputs = random_inputs(Case(500, 400, 4, 4, head_dim=64, batch=64), torch.bfloat16, "cuda")
-    first = run_op(inputs, 0.125, (-1, 0))
-    for run in range(100):
-        again = run_op(inputs, 0.125, (-1, 0), deterministic=run % 2 == 1)
-        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    with forced_family("sm90"):
+        first = run_op(inputs, 0.125, (-1, 0))
+        for run in range(100):
+            again = run_op(inputs, 0.125, (-1, 0), deterministic=run % 2 == 1)
+            assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -10,6 +10,7 @@ from plans import (
     needs_extension,
     needs_sm80,
     needs_sm90,
+    needs_whole_heads,
     plan_for,
     round_up,
 )
@@ -406,7 +407,7 @@ def test_heads_whose_delta_is_made_ahead(head_dim, batch, seqlen, mask, determin
     assert plan["delta_lead"] == min(least, heads)
 
 
-@needs_sm90
+@needs_whole_heads
 @pytest.mark.parametrize("mask", [{}, CAUSAL, {"deterministic": True}], ids=str)
 @pytest.mark.parametrize(
     "heads, lengths, whole",
@@ -436,7 +437,7 @@ def test_whole_heads_where_they_pay(heads, lengths, whole, mask):
     assert KERNELS[grouped["kernel"]]["head_rows"] == 0
 
 
-@needs_sm90
+@needs_whole_heads
 def test_why_heads_are_not_taken_whole():
     options = {"direction": "backward", "head_dim": 64, "family": "sm90"}
     for problem, reason in (
@@ -444,12 +445,13 @@ def test_why_heads_are_not_taken_whole():
         ({"batch": 99, "seqlen_q": 600, "seqlen_k": 512}, "1 to 512 queries"),
         ({"batch": 99, "seqlen_q": 90, "seqlen_k": 512, "heads_k": 2}, "8 and 2 heads"),
     ):
-        plan = plan_for(dtype="bfloat16", **problem, **options)
+        plan = plan_for(**problem, **options)
+        dtype = KERNELS[plan["kernel"]]["dtype"]
         (why,) = (
             entry["reason"]
             for entry in plan["refused"]
             if KERNELS[entry["kernel"]]["head_rows"] > 0
-            and KERNELS[entry["kernel"]]["dtype"] == "bfloat16"
+            and KERNELS[entry["kernel"]]["dtype"] == dtype
         )
         assert reason in why
 

@@ -25,18 +25,8 @@ struct HeadLoads {
     Stage<Traits::kStages> at;
     CUTE_NO_UNROLL
     for (int number = 0;; ++number) {
-      const unsigned index = index_of(number);
-      const Ring<Traits::kWorks> ring{uint32_t(number)};
-      BackwardWork<Traits>& work = smem.work[ring.stage()];
-      smem.barriers.work_empty[ring.stage()].wait(ring.parity() ^ 1);
-      const bool end = index >= key_tiles<Traits>(arguments.params);
-      if (end) {
-        work.steps = -1;
-      } else {
-        work = BackwardWork<Traits>(arguments.params, index);
-      }
-      smem.barriers.work_full[ring.stage()].arrive();
-      if (end) return;
+      if (hand_out_work<Traits>(arguments.params, smem, number, index_of(number))) return;
+      const BackwardWork<Traits>& work = smem.work[number % Traits::kWorks];
       const BlockRange blocks = work.blocks;
       const TileCoord coord = work.coord;
       CUTE_NO_UNROLL

@@ -201,17 +201,8 @@ __device__ __forceinline__ void run_producer(const BackwardArguments& arguments,
     for (int number = 0;; ++number) {
       // No sooner: others may wait for this tile.
       const unsigned index = atomicAdd(params.ticket, 1);
-      const Ring<Traits::kWorks> ring{uint32_t(number)};
-      BackwardWork<Traits>& work = smem.work[ring.stage()];
-      smem.barriers.work_empty[ring.stage()].wait(ring.parity() ^ 1);
-      const bool end = index >= key_tiles<Traits>(params);
-      if (end) {
-        work.steps = -1;
-      } else {
-        work = BackwardWork<Traits>(params, index);
-      }
-      smem.barriers.work_full[ring.stage()].arrive();
-      if (end) return;
+      if (hand_out_work<Traits>(params, smem, number, index)) return;
+      const BackwardWork<Traits>& work = smem.work[number % Traits::kWorks];
       BackwardProducer<Traits>{arguments, smem, work, first}.run(number);
       first += work.steps;
     }

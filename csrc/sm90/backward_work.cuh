@@ -120,6 +120,24 @@ __device__ __forceinline__ void for_each_work(typename Traits::SharedStorage& sm
     }
   }
 }
+// Hands out tile `index` as work `number`, or, where there is no such tile, the end, and returns
+// whether it was that. By one thread.
+template <class Traits>
+__device__ __forceinline__ bool hand_out_work(const BackwardParams& params,
+                                              typename Traits::SharedStorage& smem, int number,
+                                              unsigned index) {
+  const Ring<Traits::kWorks> ring{uint32_t(number)};
+  BackwardWork<Traits>& work = smem.work[ring.stage()];
+  smem.barriers.work_empty[ring.stage()].wait(ring.parity() ^ 1);
+  const bool end = index >= key_tiles<Traits>(params);
+  if (end) {
+    work.steps = -1;
+  } else {
+    work = BackwardWork<Traits>(params, index);
+  }
+  smem.barriers.work_full[ring.stage()].arrive();
+  return end;
+}
 template <class Traits>
 __device__ __forceinline__ void release_work(typename Traits::SharedStorage& smem, int number) {
   if constexpr (Traits::kPersistent) smem.barriers.work_empty[number % Traits::kWorks].arrive();
