@@ -60,6 +60,7 @@ def find_providers(device: torch.device) -> tuple[list[Provider], dict[str, str]
     """Providers usable on ``device``, and {key: reason} of those that are not."""
     finders = {
         "ours": find_ours,
+        "deterministic": functools.partial(find_ours, deterministic=True),
         **{key: functools.partial(find_sdpa, key) for key in SDPA_BACKENDS},
         "flex": find_flex,
         "fa2": functools.partial(find_package, "fa2", "flash-attn 2", "flash_attn"),
@@ -95,15 +96,18 @@ def select_providers(device: torch.device, wanted: list[str] | None = None) -> l
     return selected
 
 
-def find_ours(device: torch.device) -> list[Provider]:
+def find_ours(device: torch.device, deterministic: bool = False) -> list[Provider]:
     """flash_attn2: a provider for each kernel family that the device runs, or the reference."""
     from flash_attn2 import flash_attn_func
 
     def call(q, k, v, causal, window=(-1, -1)):
-        return flash_attn_func(q, k, v, causal=causal, window_size=window)
+        return flash_attn_func(
+            q, k, v, causal=causal, window_size=window, deterministic=deterministic
+        )
 
+    key, kind = ("deterministic", ", deterministic") if deterministic else ("ours", "")
     if device.type != "cuda":
-        return [Provider("ours", "flash_attn2[reference]", call)]
+        return [Provider(key, f"flash_attn2[reference{kind}]", call)]
     from flash_attn2.introspection import families_of_gpu, forced_family
 
     families = families_of_gpu(device)
@@ -111,8 +115,8 @@ def find_ours(device: torch.device) -> list[Provider]:
         raise ImportError("flash_attn2 was built without CUDA kernels for this GPU")
     return [
         Provider(
-            "ours",
-            f"flash_attn2[{family}]",
+            key,
+            f"flash_attn2[{family}{kind}]",
             call,
             context=functools.partial(forced_family, family),
         )

@@ -244,11 +244,12 @@ def section_table(rows: dict[str, dict[tuple, dict]], baseline: str) -> str:
     return tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def section_summary(rows: dict[str, dict[tuple, dict]]) -> list[str]:
-    """A line for each pair of ours and a peer: geometric mean, smallest ratio, cells below 1."""
+def section_summary(rows: dict[str, dict[tuple, dict]], baseline: str) -> list[str]:
+    """A line for each pair of ours and a peer, or the baseline if that is one of ours: geometric
+    mean, smallest ratio, cells below 1."""
     lines = []
     for ours in filter(is_ours, rows):
-        for peer in (name for name in rows if not is_ours(name)):
+        for peer in (name for name in rows if not is_ours(name) or ours != name == baseline):
             pairs = list(compare_providers(rows, ours, peer).values())
             if not pairs:
                 continue
@@ -297,7 +298,7 @@ def attention_markdown(results: dict, baseline: str = BASELINE) -> str:
         rows = select_rows(results, direction, mode)
         blocks.append(f"### {direction}, {mode} (TFLOP/s)")
         blocks.append(section_table(rows, baseline))
-        blocks += ["\n".join(lines)] if (lines := section_summary(rows)) else []
+        blocks += ["\n".join(lines)] if (lines := section_summary(rows, baseline)) else []
     if lines := failures(results):
         blocks += ["### Not measured", "\n".join(lines)]
     return "\n\n".join(blocks)

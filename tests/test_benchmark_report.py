@@ -67,6 +67,16 @@ def test_markdown_has_every_cell_and_the_mean():
     ]  # fmt: skip
 
 
+def test_markdown_compares_ours_with_a_baseline_of_ours():
+    results = synthetic_results(peer_ms=0.8)
+    slow = "flash_attn2[sm80, deterministic]"
+    names = {OURS: slow, "torch[flash]": OURS}
+    results["rows"] = [row | {"provider": names[row["provider"]]} for row in results["rows"]]
+    text = report.attention_markdown(results, OURS)
+    assert f"- {slow} / {OURS}: geometric mean 0.800 over 36 cells, smallest 0.800" in text
+    assert f"- {OURS} / " not in text
+
+
 def test_speed_gate():
     assert report.speed_gate(synthetic_results(), "torch[flash]", 1.05) == []
     misses = report.speed_gate(synthetic_results(peer_ms=0.9), "torch[flash]", 1.05)

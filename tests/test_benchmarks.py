@@ -224,7 +224,8 @@ def test_runners_run_inside_their_context():
 
 def test_providers_on_the_cpu():
     found, missing = find_providers(CPU)
-    assert {p.name for p in found} == {"flash_attn2[reference]", "torch[flash]", "torch[math]"}
+    ours = {"flash_attn2[reference]", "flash_attn2[reference, deterministic]"}
+    assert {p.name for p in found} == ours | {"torch[flash]", "torch[math]"}
     assert {"cudnn", "efficient", "flex", "fa2", "fa3", "fa4"} == set(missing)
 
 
@@ -243,10 +244,22 @@ def test_default_selection_takes_what_the_device_has():
     assert [p.key for p in select_providers(CPU)] == ["ours", "flash"]
 
 
+@pytest.mark.parametrize(("key", "expected"), [("ours", False), ("deterministic", True)])
+def test_our_providers_ask_for_their_mode(key, expected, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "flash_attn2.flash_attn_func",
+        lambda q, k, v, *, deterministic, **options: asked.append(deterministic) or q,
+    )
+    (provider,) = select_providers(CPU, [key])
+    provider.call(None, None, None, True)
+    assert asked == [expected]
+
+
 def test_selection_says_why_a_provider_is_missing():
     with pytest.raises(UsageError, match="'cudnn' cannot be used on cpu: .*no cudnn backend"):
         select_providers(CPU, ["ours", "cudnn"])
-    with pytest.raises(UsageError, match="'nonsense' .*choices are all, ours, flash, math"):
+    with pytest.raises(UsageError, match="'nonsense' .*choices are all, ours, deterministic, flash, math"):
         select_providers(CPU, ["nonsense"])
 
 
