@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import report
@@ -165,9 +165,14 @@ def directions(results: dict) -> str:
     return " / ".join(direction for direction, _ in report.sections(results))
 
 
-def graph_lines(results: dict) -> list[list[str]]:
-    label = f"CUDA-graph replays of the grid, {directions(results)}, geometric mean of TFLOP/s"
-    return [figures_line(label, mean_speeds(results), results)]
+def mean_lines(what: str) -> Callable[[dict], list[list[str]]]:
+    """What makes the line of the means of results that ``what`` names."""
+
+    def lines(results: dict) -> list[list[str]]:
+        label = f"{what}, {directions(results)}, geometric mean of TFLOP/s"
+        return [figures_line(label, mean_speeds(results), results)]
+
+    return lines
 
 
 def fa3_lines(results: dict) -> list[list[str]]:
@@ -195,7 +200,8 @@ def training_lines(results: dict) -> list[list[str]]:
 
 FIGURES = {
     "attention-fa3": fa3_lines,
-    "attention-graph": graph_lines,
+    "attention-graph": mean_lines("CUDA-graph replays of the grid"),
+    "attention-deterministic": mean_lines("the grid in deterministic mode and by default"),
     "training": training_lines,
     "accuracy": accuracy_lines,
     "overhead": overhead_lines,

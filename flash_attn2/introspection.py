@@ -125,7 +125,7 @@ def plan(
         query heads, each with dk and dv of its own, summed afterwards), delta_lead (KV heads,
         see csrc/sm90/delta_ahead.cuh), dq_slots and dq_lag (likewise,
         csrc/sm90/dq_accumulator.cuh), tail_heads, heads_together and
-        last_block_first (csrc/core/schedule.h), groups_turn and rounds_turn
+        heads_in_reverse (csrc/core/schedule.h), groups_turn and rounds_turn
         (csrc/sm90/schedule.cuh), turn_group (csrc/core/turn_order.h), and refused, a list of
         {"kernel", "reason"}.
 

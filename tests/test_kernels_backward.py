@@ -128,12 +128,14 @@ def test_deterministic_over_100_runs(head_dims, mask, batch):
         assert torch.equal(dk, dk_again) and torch.equal(dv, dv_again)
 
 
+@pytest.mark.parametrize("mask", ["full", "causal"])
 @pytest.mark.parametrize("head_dim", [64, 192, 256])
-def test_deterministic_where_heads_go_side_by_side(head_dim):
-    """1600 key blocks or more, twelve rounds on 132 multiprocessors: see heads_in_turn in
-    csrc/plan/plan.cpp. At head dim 256 they still go one after the other.
+def test_deterministic_where_heads_go_side_by_side(head_dim, mask):
+    """1600 key blocks or more, twelve rounds on 132 multiprocessors: see heads_in_turn and
+    heads_in_reverse in csrc/plan/plan.cpp. At head dim 256 without a mask they still go one after
+    the other.
     """
-    case = Case(500, 450, 4, 2, head_dim=head_dim, batch=200)
+    case = Case(500, 500, 4, 2, head_dim=head_dim, batch=200, mask=mask)
     inputs = random_inputs(case, torch.bfloat16, "cuda")
     first = run_op(inputs, case.softmax_scale, case.window, deterministic=True)
     assert_result(first, inputs, case)
@@ -179,10 +181,10 @@ HEAD_DIMS_WITH_SLOTS = [dims for dims in YARDSTICK_HEAD_DIMS if dims[0] < 192]
 def test_more_heads_than_dq_has_slots(head_dims, dtype, deterministic):
     """The slots of dQ's accumulator are taken by several KV heads, one after the other: 266 at most
     by 320, on 132 multiprocessors, and 136 by 160. Under the mask some thread blocks add nothing.
+    For the lengths see ring_pays in csrc/plan/plan.cpp.
     """
     d, dv = head_dims
-    rows = 700 if (d, dv) == (64, 64) else 2060  # see ring_pays in csrc/plan/plan.cpp
-    for mask, lengths, batch in (("full", (rows, 100), 160), ("causal", (4100, 390), 80)):
+    for mask, lengths, batch in (("full", (2060, 100), 160), ("causal", (4100, 390), 80)):
         case = Case(*lengths, 4, 2, head_dim=d, head_dim_v=dv, batch=batch, mask=mask)
         check(case, dtype, deterministic=deterministic)
 
@@ -190,9 +192,9 @@ def test_more_heads_than_dq_has_slots(head_dims, dtype, deterministic):
 @pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
 @pytest.mark.parametrize("head_dims", HEAD_DIMS_WITH_SLOTS, ids=str)
 def test_more_heads_than_dq_has_slots_under_a_window(head_dims, deterministic):
-    """40 KV heads of ten key blocks each; 30 slots."""
+    """80 KV heads of ten key blocks each; 30 slots, 60 in deterministic mode."""
     d, dv = head_dims
-    case = Case(4100, 1200, 2, 2, head_dim=d, head_dim_v=dv, batch=20, mask="wide window")
+    case = Case(4100, 1200, 2, 2, head_dim=d, head_dim_v=dv, batch=40, mask="wide window")
     check(case, torch.bfloat16, deterministic=deterministic)
 
 

@@ -365,6 +365,8 @@ NARROW, WIDE = ({"window_left": keys - 1, "window_right": 0} for keys in (1023, 
     [
         (64, 4096, {}, True),
         (64, 4097, {}, False),
+        (64, 2047, {"deterministic": True}, False),
+        (64, 2048, {"deterministic": True}, True),
         (128, 1023, {}, False),
         (128, 1024, {}, True),
         (128, 2047, {"deterministic": True}, False),

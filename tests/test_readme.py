@@ -83,7 +83,7 @@ def test_speed_tables(tmp_path):
 def test_figures_compare_what_all_have_measured(tmp_path):
     results = synthetic_results(cases.grid([64], [512, 1024], [False]))
     results["rows"] = results["rows"][:-1]  # the peer lacks one cell of the backward
-    (line,) = readme.graph_lines(results)
+    (line,) = readme.FIGURES["attention-graph"](results)
     assert line[0].startswith("CUDA-graph replays of the grid, forward / backward")
     forward = (results["rows"][0]["tflops"] * results["rows"][4]["tflops"]) ** 0.5
     backward = results["rows"][1]["tflops"]

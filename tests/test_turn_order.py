@@ -35,7 +35,7 @@ def is_masked(problem: dict) -> bool:
     )
 
 
-def grid_of_walks(problem: dict, heads_together: int, last_block_first: bool) -> list:
+def grid_of_walks(problem: dict, heads_together: int, heads_in_reverse: int) -> list:
     """The walks of all heads' key blocks, as their thread blocks start: ((head, query block), turn)
     for every step."""
     walks = [
@@ -46,7 +46,7 @@ def grid_of_walks(problem: dict, heads_together: int, last_block_first: bool) ->
         for head in range(problem["heads"])
     ]
     order = EXTENSION.backward_order(
-        len(walks[0]), problem["heads"], problem["tail_heads"], heads_together, last_block_first
+        len(walks[0]), problem["heads"], problem["tail_heads"], heads_together, heads_in_reverse
     )
     return [walks[head][block] for block, head in order]
 
@@ -117,7 +117,8 @@ def test_all_walks_end(mask, seed):
         together = rng.randint(1, max(problem["tail_heads"], 1))
         in_order = is_masked(problem) or problem["tail_heads"] == problem["heads"]
         resident = rng.randint(1, 20) if in_order else problem["group"]
-        walks = grid_of_walks(problem, together, is_masked(problem))
+        in_reverse = rng.randint(1, problem["heads"]) if is_masked(problem) else 0
+        walks = grid_of_walks(problem, together, in_reverse)
         assert time_to_finish(walks, resident, 0.5) is not None
 
 
@@ -135,7 +136,7 @@ def test_nobody_waits_where_all_run_side_by_side(left, right, tile_m):
         "heads": 1,
         "tail_heads": 0,
     }
-    walks = grid_of_walks(problem, 1, is_masked(problem))
+    walks = grid_of_walks(problem, 1, int(is_masked(problem)))
     assert len(walks) == 32
     assert time_to_finish(walks, 32, 0.9) == max(map(len, walks))
 
@@ -156,7 +157,7 @@ def test_nobody_waits_where_the_heads_follow_each_other_in_rounds(key_blocks):
         "tail_heads": 0,
     }
     rounds = -(-heads * key_blocks // resident)
-    walks = grid_of_walks(problem, 1, False)
+    walks = grid_of_walks(problem, 1, 0)
     assert time_to_finish(walks, resident, 0.9) <= rounds * query_blocks + rounds
 
 
@@ -190,7 +191,7 @@ def test_turns_take_hardly_any_time(head_dim, right, seqlen):
                 "tail_heads": plan["tail_heads"],
             },
             plan["heads_together"],
-            plan["last_block_first"],
+            plan["heads_in_reverse"],
         )
         for plan in plans
     )
@@ -206,21 +207,23 @@ def test_every_key_block_of_every_head_has_a_thread_block(seed):
         key_blocks, heads = rng.randint(1, 20), rng.randint(1, 20)
         tail = rng.randint(0, heads)
         together = rng.randint(1, max(tail, 1))
-        last_block_first = rng.random() < 0.5
-        blocks = list(range(key_blocks))
-        one_by_one = [
-            (block, head)
-            for head in range(heads - tail)
-            for block in (reversed(blocks) if last_block_first else blocks)
+        in_reverse = rng.choice((0, rng.randint(1, heads)))
+
+        def side_by_side(begin, end, together, blocks):
+            return [
+                (block, head)
+                for first in range(begin, end, together)
+                for block in blocks
+                for head in range(first, min(first + together, end))
+            ]
+
+        blocks, first_of_tail = range(key_blocks), heads - tail
+        before = blocks[::-1] if in_reverse else blocks
+        order = EXTENSION.backward_order(key_blocks, heads, tail, together, in_reverse)
+        assert order == [
+            *side_by_side(0, first_of_tail, in_reverse or 1, before),
+            *side_by_side(first_of_tail, heads, together, blocks),
         ]
-        side_by_side = [
-            (block, head)
-            for first in range(heads - tail, heads, together)
-            for block in blocks
-            for head in range(first, min(first + together, heads))
-        ]
-        order = EXTENSION.backward_order(key_blocks, heads, tail, together, last_block_first)
-        assert order == one_by_one + side_by_side
 
 
 def busiest_over_mean(lengths: list, multiprocessors: int) -> float:
@@ -244,7 +247,7 @@ def test_a_causal_grid_ends_at_the_same_time_everywhere(seqlen):
     key_blocks, heads = -(-seqlen // tile_n), heads * 16384 // seqlen
 
     def measure(tail_heads):
-        order = EXTENSION.backward_order(key_blocks, heads, tail_heads, max(tail_heads, 1), False)
+        order = EXTENSION.backward_order(key_blocks, heads, tail_heads, max(tail_heads, 1), 0)
         lengths = [(seqlen - block * tile_n) // tile_m + 3 for block, _ in order]
         return busiest_over_mean(lengths, multiprocessors)
 
@@ -303,11 +306,13 @@ def test_the_plan_lets_heads_go_side_by_side_where_rounds_are_many():
         found = plan_in_turn(batch, 1024, 1024, 64, **options)
         return found["tail_heads"], found["heads_together"], found["dq_lag"], found["dq_slots"]
 
-    # 8 key blocks of 128, which take 8 steps each and 2 more: 16 heads start in 10 steps.
+    # 8 key blocks of 128, which take 8 steps each and 2 more: 33 heads start in 20 steps.
     few, many = 12 * 132 // 32, 12 * 132 // 32 + 1
     assert plan(few)[:2] == (0, 1)
-    assert plan(many) == (4 * many, 16, 32, 64)  # a lag is no fewer than go side by side
+    assert plan(many)[:2] == (4 * many, 33)
     assert plan(many, deterministic=False)[:2] == (0, 1)
+    rows = plan_in_turn(64, 2048, 2048, 64, deterministic=True)  # 16 key blocks of 16 + 2 steps
+    assert (rows["heads_together"], rows["dq_lag"], rows["dq_slots"]) == (19, 38, 76)
     # Under a mask the longest key block starts last, and ends two rounds later.
     assert plan(many, window_right=0)[:2] == (18, 18)
     assert plan_in_turn(8, 4096, 4096, 64, window_right=0, deterministic=True)["dq_lag"] == 12
@@ -319,14 +324,16 @@ def test_the_plan_lets_heads_go_side_by_side_where_rounds_are_many():
 
 
 def test_only_sm90_starts_with_the_last_key_block():
-    def starts(**options):
-        return plan_in_turn(1, 512, 512, 64, **options)["last_block_first"]
+    def heads(seqlen=512, **options):
+        return plan_in_turn(1, seqlen, seqlen, 64, **options)["heads_in_reverse"]
 
-    assert starts(deterministic=True, window_right=0)
-    assert starts(deterministic=True, window_left=100)
-    assert not starts(window_right=0)
-    assert not starts(deterministic=True)
+    assert heads(deterministic=True, window_right=0) == 132 // 4
+    assert heads(deterministic=True, window_left=100) == 132 // 4
+    assert heads(6144, deterministic=True, window_right=0) == 132 // 48
+    assert heads(2**20, deterministic=True, window_right=0) == 1
+    assert heads(window_right=0) == 0
+    assert heads(deterministic=True) == 0
     sm80 = EXTENSION.plan(
         "backward", 1, 512, 512, 4, 4, 64, 64, window_right=0, deterministic=True, family="sm80"
     )
-    assert not sm80["last_block_first"]
+    assert sm80["heads_in_reverse"] == 0

@@ -82,9 +82,9 @@ struct BackwardParams {
   int dq_lag = 0;  // a thread block converts dQ of the KV head that comes this many before its own
 
   // See core/schedule.h.
-  int tail_heads = 0;             // KV heads at the end that go side by side,
-  int heads_together = 1;         // so many at a time
-  bool last_block_first = false;  // in the others
+  int tail_heads = 0;        // KV heads at the end that go side by side,
+  int heads_together = 1;    // so many at a time
+  int heads_in_reverse = 0;  // of the others, the last key block first; 0: one by one
 
   int turn_group = 1;  // key blocks that run, and take turns, side by side: see core/turn_order.h
 };

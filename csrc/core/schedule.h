@@ -27,24 +27,26 @@ FLASH_ATTN2_HOST_DEVICE TileCoord forward_tile(unsigned index, int blocks, int h
 }
 
 // Backward order: the key blocks of one head are neighbours (they share Q, dO and the dQ
-// accumulator in L2): the first block, the longest under a causal mask, first, or the last one
-// where the order of the sums asks for it (core/turn_order.h). But the last `tail_heads` heads go
-// side by side, `heads_together` at a time, the first block of each first: else the longest block
-// of the last head starts when little else is left, and the GPU waits for it.
+// accumulator in L2), the first one, the longest under a causal mask, first. But the last
+// `tail_heads` heads go side by side, `heads_together` at a time, the first block of each first:
+// else the longest block of the last head starts when little else is left, and the GPU waits for
+// it. Where the order of the sums asks for it (core/turn_order.h), so do the other heads,
+// `heads_in_reverse` at a time (0: one by one), the last block of each first.
 FLASH_ATTN2_HOST_DEVICE TileCoord backward_tile(unsigned index, int blocks, int heads, int batches,
                                                 int tail_heads, int heads_together,
-                                                bool last_block_first) {
+                                                int heads_in_reverse) {
   const int first_of_tail = heads * batches - tail_heads;
   int head = index / blocks, block = index - unsigned(head) * blocks;
-  if (head < first_of_tail) {
-    if (last_block_first) block = blocks - 1 - block;
-  } else {
-    const int first = first_of_tail + (head - first_of_tail) / heads_together * heads_together;
-    const int heads_left = heads * batches - first;
-    const int together = heads_left < heads_together ? heads_left : heads_together;
-    const unsigned rank = index - unsigned(first) * blocks;
-    block = rank / together;
-    head = first + int(rank - unsigned(block) * together);
+  const bool in_tail = head >= first_of_tail;
+  if (in_tail || heads_in_reverse > 0) {
+    const int begin = in_tail ? first_of_tail : 0, end = in_tail ? heads * batches : first_of_tail;
+    const int together = in_tail ? heads_together : heads_in_reverse;
+    const int first = begin + (head - begin) / together * together;
+    const int side_by_side = end - first < together ? end - first : together;
+    const unsigned place = index - unsigned(first) * blocks;
+    const int rank = place / side_by_side;
+    head = first + int(place - unsigned(rank) * side_by_side);
+    block = in_tail ? rank : blocks - 1 - rank;
   }
   return {block, head % heads, head / heads};
 }

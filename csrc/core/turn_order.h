@@ -2,13 +2,14 @@
 // the query blocks that let them do so without waiting. Plain integers, shared by host tests and
 // kernels.
 //
-// Heads that go side by side (core/schedule.h): in the order of the keys. All walks go downwards
-// from the last query block, and a key block starts when those of the other heads have started
-// since the one before, which is that much ahead.
+// Heads of the tail, which go side by side (core/schedule.h): in the order of the keys. All walks
+// go downwards from the last query block, and a key block starts when those of the other heads have
+// started since the one before, which is that much ahead.
 //
 // Other heads, under a mask: the last key block first, as they start. Each walks upwards from the
-// first query block that sees it. A later key block starts sooner, and at a later query block, so
-// where two meet it is ahead by both.
+// first query block that sees it. A later key block starts sooner, by as much as those of the heads
+// that go side by side with its own take to start, and at a later query block, so where two meet it
+// is ahead by both.
 //
 // So far a key block waits only for ones of lower index, which start first.
 //

@@ -58,7 +58,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   params.tail_heads = plan.tail_heads;
   params.turn_group = plan.turn_group;
   params.heads_together = plan.heads_together;
-  params.last_block_first = plan.last_block_first;
+  params.heads_in_reverse = plan.heads_in_reverse;
   carve_workspace(params, workspace.mutable_data_ptr(), plan.workspace);
   plan.row->backward(params, plan.launch, c10::cuda::getCurrentCUDAStream().stream());
   if (scaled.q_factor != 1) dq.mul_(scaled.q_factor);

@@ -118,7 +118,7 @@ py::dict plan_to_dict(const Problem& problem, const DeviceLimits& device) {
   result["groups_turn"] = plan.groups_turn;
   result["rounds_turn"] = plan.rounds_turn;
   result["heads_together"] = plan.heads_together;
-  result["last_block_first"] = plan.last_block_first;
+  result["heads_in_reverse"] = plan.heads_in_reverse;
   result["turn_group"] = plan.turn_group;
   result["window_left"] = problem.window.left;
   result["window_right"] = problem.window.right;
@@ -172,11 +172,11 @@ std::vector<std::tuple<int, int, bool, bool, bool>> tiles_to_mask(int64_t seqlen
 
 // For every thread block of the backward the (key block, head) it works on.
 std::vector<std::pair<int, int>> backward_order(int key_blocks, int heads, int tail_heads,
-                                                int heads_together, bool last_block_first) {
+                                                int heads_together, int heads_in_reverse) {
   std::vector<std::pair<int, int>> order;
   for (int index = 0; index < key_blocks * heads; ++index) {
     const TileCoord tile =
-        backward_tile(index, key_blocks, heads, 1, tail_heads, heads_together, last_block_first);
+        backward_tile(index, key_blocks, heads, 1, tail_heads, heads_together, heads_in_reverse);
     order.emplace_back(tile.block, tile.head);
   }
   return order;
@@ -258,7 +258,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "The (key block, head) of every thread block of the backward, by index "
         "(csrc/core/schedule.h).",
         py::arg("key_blocks"), py::arg("heads"), py::arg("tail_heads"), py::arg("heads_together"),
-        py::arg("last_block_first"));
+        py::arg("heads_in_reverse"));
   m.def(
       "force_family",
       [](const std::string& family) {

@@ -218,15 +218,15 @@ bool ring_pays(const KernelRow& row, const Problem& problem) {
   const bool narrow = window.left >= 0 && window.right >= 0 &&
                       int64_t{window.left} + window.right + 1 < kKeysOfWindowRing;
   if (is_masked(window)) return rows >= kMaskedRowsOfRing && !narrow;
-  if (row.tile_m > kTallestOfLongRing) return rows <= kRowsOfTallRing;
-  return rows >= (problem.deterministic ? kRowsOfDeterministicRing : kRowsOfRing);
+  if (problem.deterministic && rows < kRowsOfDeterministicRing) return false;
+  return row.tile_m > kTallestOfLongRing ? rows <= kRowsOfTallRing : rows >= kRowsOfRing;
 }
 
 // Deterministic, without a mask: how many KV heads go side by side, so that a key block of a head
-// starts when the one before is a step or more ahead (core/turn_order.h); 0: none. It takes a
-// head's key blocks at the start of the grid, and again at its end, as many steps to get there, so
-// it pays where rounds of the GPU are many, and walks that go around would follow each other
-// closely, or have more of a head in use at a time than L2 holds.
+// starts when the one before is ahead by two steps and a half, as steps and starts differ
+// (core/turn_order.h); 0: none. At the start of the grid a head's key blocks start together and
+// have to get there, so it pays where rounds of the GPU are many, and walks that go around would
+// follow each other closely, or have more of a head in use at a time than L2 holds.
 int64_t heads_in_turn(const KernelRow& row, const Problem& problem, int64_t key_blocks,
                       const DeviceLimits& device) {
   const AttentionShape& shape = problem.shape;
@@ -239,7 +239,16 @@ int64_t heads_in_turn(const KernelRow& row, const Problem& problem, int64_t key_
   if (!(close || large) || key_blocks < kRoundsInTurn * at_a_time) return 0;
   const int64_t steps =
       shape.heads_q / shape.heads_k * query_tiles(row, shape) + kStepsToStartAndEnd;
-  return ceil_div(6 * at_a_time, 5 * steps);
+  return ceil_div(5 * at_a_time, 2 * steps);
+}
+
+// Deterministic, under a mask: how many KV heads go side by side, in a round of the GPU, so that
+// the key blocks of a head start as far apart as they can. 0: without that order.
+int heads_in_reverse(const KernelRow& row, const Problem& problem, int64_t key_blocks,
+                     const DeviceLimits& device) {
+  // sm80 adds in the order of the keys.
+  if (row.family != "sm90" || !problem.deterministic || !is_masked(problem.window)) return 0;
+  return static_cast<int>(std::max<int64_t>(clusters_at_a_time(row, device) / key_blocks, 1));
 }
 
 // A thread block works on some keys of a KV head, for all query heads of its group. Where thread
@@ -277,10 +286,10 @@ int head_parts(const KernelRow& row, const Problem& problem, const DeviceLimits&
 //
 // Where dQ is converted on the way: thread blocks whose index is lower by a whole round of the GPU
 // have mostly ended, so that what they added can be converted; and one round later that has been
-// done, too. Two rounds where the longest key block of a head is the last to start, and two times
-// the heads that go side by side. A key block waits for heads that come a lag before: those must
-// not be side by side with its own, so a lag is no fewer than those. Else all KV heads have a slot,
-// and the post-process converts them.
+// done, too. Two rounds where a head's key blocks start all over a round, and two times the heads
+// that go side by side. A key block waits for heads that come a lag before: those must not be side
+// by side with its own, so a lag is no fewer than those. Else all KV heads have a slot, and the
+// post-process converts them.
 void plan_heads(Plan& plan, const Problem& problem, const DeviceLimits& device) {
   const KernelRow& row = *plan.row;
   const int64_t heads = int64_t{problem.shape.batch} * problem.shape.heads_k;
@@ -292,14 +301,14 @@ void plan_heads(Plan& plan, const Problem& problem, const DeviceLimits& device) 
   const int64_t key_blocks = std::max<int64_t>(ceil_div(problem.shape.seqlen_k, key_block(row)), 1);
   const int64_t round = ceil_div(clusters_at_a_time(row, device), key_blocks) + 1;
   const int64_t in_turn = heads_in_turn(row, problem, heads * key_blocks, device);
-  int64_t lag = round, tail = 0, together = 1;
+  plan.heads_in_reverse = heads_in_reverse(row, problem, key_blocks, device);
+  int64_t lag = plan.heads_in_reverse > 0 ? 2 * round : round, tail = 0, together = 1;
   if (in_turn > 0) {
     tail = heads;
     together = in_turn;
     lag = 2 * in_turn;
   } else if (!tiles_are_equal(problem.window)) {
     tail = together = round;
-    if (problem.deterministic) lag = 2 * round;
   }
   // A round, too, and no neighbour; all heads where no thread block comes after the pre-process.
   const bool ahead = row.delta_ahead && problem.shape.seqlen_k > 0;
@@ -307,9 +316,6 @@ void plan_heads(Plan& plan, const Problem& problem, const DeviceLimits& device) 
   if (!ring_pays(row, problem)) lag = heads;
   plan.tail_heads = static_cast<int>(std::min(tail, heads));
   plan.heads_together = static_cast<int>(std::min(together, heads));
-  // sm80 adds in the order of the keys.
-  plan.last_block_first =
-      row.family == "sm90" && problem.deterministic && is_masked(problem.window);
   plan.dq_lag = static_cast<int>(std::min(lag, heads));
   plan.dq_slots = static_cast<int>(std::min(2 * lag, heads));
 }

@@ -58,7 +58,7 @@ struct Plan {
   int tail_heads = 0;                            // see core/schedule.h
   bool groups_turn = false, rounds_turn = true;  // persistent forward: see sm90/schedule.cuh
   int heads_together = 1;
-  bool last_block_first = false;
+  int heads_in_reverse = 0;
   int turn_group = 1;  // deterministic backward: see core/turn_order.h
 };
 

@@ -112,7 +112,7 @@ struct KeyBlock {
         visible(params.shape, params.window),
         coord(backward_tile(index, ceil_div(params.shape.seqlen_k, Traits::kTileN),
                             params.shape.heads_k, params.shape.batch, params.tail_heads,
-                            params.heads_together, /*last_block_first=*/false)),
+                            params.heads_together, /*heads_in_reverse=*/0)),
         key_begin(coord.block * Traits::kTileN) {}
 
   // Index of the step's query block among those of all heads: its tile of the dQ accumulator; times

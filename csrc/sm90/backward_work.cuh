@@ -37,7 +37,7 @@ __device__ __forceinline__ unsigned key_tiles(const BackwardParams& params) {
 template <class Traits>
 __device__ __forceinline__ TileCoord tile_of(const BackwardParams& params, unsigned index) {
   return backward_tile(index, key_blocks<Traits>(params), params.shape.heads_k, params.shape.batch,
-                       params.tail_heads, params.heads_together, params.last_block_first);
+                       params.tail_heads, params.heads_together, params.heads_in_reverse);
 }
 
 // What a thread block works on: its keys of key block `coord.block` of KV head `coord.head`, for
