@@ -56,3 +56,11 @@ def seed():
 def device(request) -> str:
     """Both devices; the CUDA half is skipped where it cannot run."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory():
+    """Gives back what a large test took: other processes that run tests share the GPU."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()

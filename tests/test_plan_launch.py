@@ -1,5 +1,7 @@
 """How a plan launches its kernel: grid, heads that go together, workspace. Needs no GPU."""
 
+import random
+
 import pytest
 from plans import (
     EXTENSION,
@@ -407,6 +409,25 @@ def test_heads_whose_delta_is_made_ahead(head_dim, batch, seqlen, mask, determin
     key_blocks = -(-seqlen // (row["tile_n"] * row["cluster"]))
     least = max(-(-at_a_time // key_blocks) + 1, plan["heads_together"])
     assert plan["delta_lead"] == min(least, heads)
+
+
+@needs_sm90
+def test_who_is_waited_for_is_no_neighbour(seed):
+    """A key block waits for heads that come a lead or a lag before its own: not for those that go
+    side by side with it, in the order of core/schedule.h."""
+    rng = random.Random(seed)
+    for _ in range(500):
+        plan = plan_for(
+            "backward", batch=1000, heads_q=8, heads_k=rng.choice((1, 2, 8)),
+            seqlen_q=rng.choice((1, 100, 1000, 10000)), seqlen_k=rng.choice((1, 100, 1000, 10000)),
+            head_dim=rng.choice((64, 128, 192, 256)), window_left=rng.choice((-1, 300, 3000)),
+            window_right=rng.choice((-1, 0)), deterministic=rng.random() < 0.7, family="sm90",
+        )  # fmt: skip
+        if KERNELS[plan["kernel"]]["head_rows"] > 0:
+            continue
+        neighbours = max(plan["heads_together"], plan["heads_in_reverse"])
+        assert neighbours <= plan["delta_lead"]
+        assert neighbours <= plan["dq_lag"]
 
 
 @needs_whole_heads

@@ -331,6 +331,10 @@ def test_only_sm90_starts_with_the_last_key_block():
     assert heads(deterministic=True, window_left=100) == 132 // 4
     assert heads(6144, deterministic=True, window_right=0) == 132 // 48
     assert heads(2**20, deterministic=True, window_right=0) == 1
+    grouped = EXTENSION.plan(
+        "backward", 64, 512, 512, 8, 2, 64, 64, window_right=0, deterministic=True, family="sm90"
+    )
+    assert grouped["heads_in_reverse"] == 132 // (4 * 4)
     assert heads(window_right=0) == 0
     assert heads(deterministic=True) == 0
     sm80 = EXTENSION.plan(

@@ -242,13 +242,18 @@ int64_t heads_in_turn(const KernelRow& row, const Problem& problem, int64_t key_
   return ceil_div(5 * at_a_time, 2 * steps);
 }
 
-// Deterministic, under a mask: how many KV heads go side by side, in a round of the GPU, so that
-// the key blocks of a head start as far apart as they can. 0: without that order.
+// Deterministic, under a mask: how many KV heads go side by side, so that under a causal one a key
+// block of a head starts half a step after the one before. With more of them, key blocks of many
+// lengths wait for each other; no more than a round of the GPU takes (see plan_heads). 0: without
+// that order.
 int heads_in_reverse(const KernelRow& row, const Problem& problem, int64_t key_blocks,
                      const DeviceLimits& device) {
   // sm80 adds in the order of the keys.
   if (row.family != "sm90" || !problem.deterministic || !is_masked(problem.window)) return 0;
-  return static_cast<int>(std::max<int64_t>(clusters_at_a_time(row, device) / key_blocks, 1));
+  const AttentionShape& shape = problem.shape;
+  const int64_t steps = shape.heads_q / shape.heads_k * query_tiles(row, shape);
+  const int64_t at_a_time = clusters_at_a_time(row, device);
+  return static_cast<int>(std::max<int64_t>(at_a_time / std::max(steps, key_blocks), 1));
 }
 
 // A thread block works on some keys of a KV head, for all query heads of its group. Where thread
