@@ -27,8 +27,8 @@ SHORT = {CUDNN: "cuDNN", FLASH: "FLASH"}
 
 
 def family(provider: str) -> str:
-    """sm90 of flash_attn2[sm90]."""
-    return provider.partition("[")[2].rstrip("]")
+    """sm90 of flash_attn2[sm90], "sm90 deterministic" of flash_attn2[sm90, deterministic]."""
+    return provider.partition("[")[2].rstrip("]").replace(",", "")
 
 
 def ours(providers: Iterable[str]) -> list[str]:
